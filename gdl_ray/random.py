@@ -60,23 +60,23 @@ def _words(value: Tensor) -> tuple[Tensor, Tensor]:
     return (value >> 32).to(torch.int32), value.to(torch.int32)
 
 
-def fold(key: Tensor | int, *numbers: Tensor | int) -> Tensor:
-    """Derive new keys: independent for different keys or numbers.
+def fold(key: Tensor | int, index: Tensor | int, purpose: int = 0) -> Tensor:
+    """Derive keys, independent of each other, of `key` and of its noise.
 
     Args:
-        key: int64 tensor, or an int below 2**63.
-        numbers: each an int or int64 tensor in [0, 2**31), broadcast against the key.
+        key: int64 keys, or one as an int below 2**63.
+        index: int64 or int in [0, 2**31), broadcast against the keys.
+        purpose: what the new keys are for, in [0, 2**31); others for another purpose.
 
     Returns:
         int64 keys of the broadcast shape.
     """
     key = torch.as_tensor(key, dtype=torch.int64)
-    for number in numbers:
-        count = torch.as_tensor(number, dtype=torch.int32, device=key.device)
-        # The second word keeps derived keys apart from the noise streams of `key` itself.
-        high, low = threefry(*_words(key), count, torch.full_like(count, -1))
-        key = (high.to(torch.int64) << 32) | (low.to(torch.int64) & 0xFFFFFFFF)
-    return key
+    count = torch.as_tensor(index, dtype=torch.int32, device=key.device)
+    # Noise streams count up from 0 in the second word, so derived keys count down from -1.
+    below = torch.full_like(count, -1 - purpose)
+    high, low = threefry(*_words(key), count, below)
+    return (high.to(torch.int64) << 32) | (low.to(torch.int64) & 0xFFFFFFFF)
 
 
 def _blocks(key: Tensor, count: int, stream: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def uniform(key: Tensor, shape: tuple[int, ...], stream: Tensor | int = 0) -> Te
     Args:
         key: int64 keys, shape (B,).
         shape: shape of one draw.
-        stream: what the draw is for, in [0, 2**31 - 1); an int, or int64 of shape (B,), a number per key.
+        stream: what the draw is for, in [0, 2**31); an int, or int64 of shape (B,), one per key.
 
     Returns:
         float32 of shape (B, *shape), in the open interval (0, 1).

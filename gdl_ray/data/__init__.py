@@ -1,0 +1,7 @@
+"""Named datasets as memory-mapped arrays, and the order in which training reads them."""
+
+from gdl_ray.data.arrays import Dataset, Split
+from gdl_ray.data.batches import evaluation_batches, training_batch
+from gdl_ray.data.sources import DATASETS, load
+
+__all__ = ["DATASETS", "Dataset", "Split", "evaluation_batches", "load", "training_batch"]

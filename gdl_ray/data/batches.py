@@ -1,0 +1,72 @@
+"""Which examples a step reads, and the noise keys they carry: pure functions of (seed, step).
+
+Epochs are permutations laid end to end; step s reads positions [s * batch, (s + 1) * batch) of that endless
+row, and worker r of W takes its r-th slice. So neither the number of workers nor a restart changes what a
+step sees.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gdl_ray.data.arrays import Split
+from gdl_ray.family import Batch
+from gdl_ray.random import fold
+
+_ORDER, _NOISE, _EVALUATION = 0, 1, 2
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
+    keys = fold(fold(seed, epoch, _ORDER), torch.arange(size))
+    return torch.argsort(keys).numpy()
+
+
+def example_indices(seed: int, start: int, stop: int, size: int) -> npt.NDArray[np.int64]:
+    """Look up positions [start, stop) of the endless row of epochs over `size` examples."""
+    positions = np.arange(start, stop)
+    epochs = positions // size
+    return np.concatenate(
+        [
+            _permutation(seed, int(epoch), size)[positions[epochs == epoch] % size]
+            for epoch in np.unique(epochs)
+        ]
+    )
+
+
+def training_batch(
+    split: Split, *, seed: int, step: int, batch_size: int, rank: int = 0, world: int = 1
+) -> Batch:
+    """Read a worker's share of one training step.
+
+    Args:
+        split: the training split.
+        seed: of the run.
+        step: number of the step, from 0.
+        batch_size: examples of the step over all workers; a multiple of `world`.
+        rank: this worker, in [0, world - 1].
+        world: number of workers.
+    """
+    share = batch_size // world
+    first = rank * share
+    start = step * batch_size + first
+    indices = example_indices(seed, start, start + share, len(split))
+    keys = fold(fold(seed, step, _NOISE), torch.arange(first, first + share))
+    return _read(split, indices, keys)
+
+
+def evaluation_batches(
+    split: Split, *, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """Yield a worker's share of a split in batches; an example's noise depends on its number alone."""
+    mine = np.arange(rank, len(split), world)
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start : start + batch_size]
+        yield _read(split, indices, fold(seed, torch.from_numpy(indices), _EVALUATION))
+
+
+def _read(split: Split, indices: npt.NDArray[np.int64], keys: torch.Tensor) -> Batch:
+    return Batch(x=torch.from_numpy(split.x[indices]), y=torch.from_numpy(split.y[indices]), key=keys)
