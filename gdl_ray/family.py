@@ -9,7 +9,7 @@ Letters, everywhere: B batch, C/H/W channels, height, width, T tokens, D latent 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import log, prod
 from typing import Any, ClassVar, Literal
@@ -90,6 +90,14 @@ class Batch:
     """Labels, int64 (B,); UNLABELLED where there is none."""
     key: Tensor
     """Noise keys, int64 (B,): all randomness of an example comes from its own."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move to a device."""
+        return Batch(self.x.to(device), self.y.to(device), self.key.to(device))
+
+    def unlabelled(self) -> "Batch":
+        """Leave the labels out."""
+        return replace(self, y=torch.full_like(self.y, UNLABELLED))
 
 
 @dataclass(frozen=True, slots=True)

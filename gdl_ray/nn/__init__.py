@@ -1,0 +1,1 @@
+"""Network blocks that several families share: torch only, described by shapes."""
