@@ -114,8 +114,6 @@ class Losses:
 class Optimization:
     """How the loop trains a family: AdamW, warm-up and cosine schedule, and an average of the weights."""
 
-    steps: int
-    """Optimizer steps that a run takes if no other budget is given."""
     batch_size: int = 64
     """Examples per step, over all workers."""
     learning_rate: float = 1e-3
@@ -132,7 +130,7 @@ class Optimization:
     """Decay of the weight average that is evaluated and served, per step; warmed up over the first steps."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate", "clip_norm"):
+        for name in ("batch_size", "learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         for name in ("warmup", "ema_decay"):
@@ -147,6 +145,8 @@ class Preset:
     model: Any
     """The family's Config."""
     optimization: Optimization
+    steps: int
+    """Optimizer steps that a run takes if it is given no other budget."""
 
 
 State = dict[str, Tensor]

@@ -9,8 +9,6 @@ A folder appears under its name only when it is whole. One that no longer matche
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from gdl_ray.family import DataSpec
+from gdl_ray.home import made_whole
 
 Array = npt.NDArray[np.generic]
 
@@ -56,21 +55,8 @@ class Dataset:
 
 def write(folder: Path, spec: DataSpec, splits: Mapping[str, Split]) -> None:
     """Prepare a folder, replacing what is there; another process that reads or writes it is not disturbed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        new = scratch / "new"
-        new.mkdir()
+    with made_whole(folder) as new:
         _write_arrays(new, spec, splits)
-        if folder.exists():
-            folder.rename(scratch / "old")
-        new.rename(folder)
-    except OSError:
-        # Another process put its own copy there first; it is as good as ours.
-        if not folder.exists():
-            raise
-    finally:
-        shutil.rmtree(scratch)
 
 
 def _write_arrays(folder: Path, spec: DataSpec, splits: Mapping[str, Split]) -> None:

@@ -23,9 +23,6 @@ def build(key: str, config: Any, spec: DataSpec, seed: int = 0) -> Family:
         return FAMILIES[key](config, spec)
 
 
-def preset(key: str, spec: DataSpec) -> Preset:
-    """Choose a family's configuration for a dataset: the one of that name, else of the nearest size."""
-    presets = FAMILIES[key].presets
-    if spec.name in presets:
-        return presets[spec.name]()
-    return presets["digits" if spec.dims <= 256 else "mnist"]()
+def preset(key: str, dataset: str) -> Preset:
+    """Choose a family's configuration for a named dataset."""
+    return FAMILIES[key].presets[dataset]()

@@ -71,15 +71,14 @@ class VAEConfig:
 
 def digits() -> Preset:
     """8x8 images: about half a minute on two CPU cores."""
-    return Preset(
-        model=VAEConfig(), optimization=Optimization(steps=1500, learning_rate=2e-3, weight_decay=0.3)
-    )
+    optimization = Optimization(learning_rate=2e-3, weight_decay=0.3)
+    return Preset(model=VAEConfig(), optimization=optimization, steps=1500)
 
 
 def mnist() -> Preset:
     """28x28 images: minutes on a GPU."""
     model = VAEConfig(latent=32, width=32, halvings=2, hidden=512)
-    return Preset(model=model, optimization=Optimization(steps=20_000, batch_size=128, ema_decay=0.999))
+    return Preset(model=model, optimization=Optimization(batch_size=128, ema_decay=0.999), steps=20_000)
 
 
 class VAE(Family, Likelihood, Latent):

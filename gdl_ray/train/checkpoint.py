@@ -29,7 +29,8 @@ import gdl_ray
 from gdl_ray.families import FAMILIES, build, key_of
 from gdl_ray.family import DataSpec, Family
 
-MODEL_FILES = ("model.safetensors", "config.json", "samples.png")
+SAMPLES_FILE = "samples.png"
+MODEL_FILES = ("model.safetensors", "config.json", SAMPLES_FILE)
 """The files that serving needs; the rest is for training."""
 
 
@@ -57,7 +58,7 @@ def save(
     resume.mkdir(parents=True)
     save_file(_contiguous(model.state_dict()), directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(_describe(model), indent=2) + "\n")
-    (directory / "samples.png").write_bytes(samples_png)
+    (directory / SAMPLES_FILE).write_bytes(samples_png)
     save_file(_contiguous(tensors), resume / "tensors.safetensors")
     (resume / "counters.json").write_text(json.dumps(counters, indent=2) + "\n")
     files = sorted(path for path in directory.rglob("*") if path.is_file())

@@ -93,7 +93,7 @@ class Reporter(Protocol):
 
 
 class DivergenceError(Exception):
-    """A loss is no longer finite."""
+    """A loss is no longer finite; raised on all workers at the same step."""
 
 
 def train(

@@ -1,0 +1,34 @@
+"""Where the project keeps what it makes on this machine."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def home() -> Path:
+    """Find the folder of datasets, runs and downloaded models: GDL_RAY_HOME, else `.gdl_ray` here."""
+    return Path(os.environ.get("GDL_RAY_HOME") or ".gdl_ray").absolute()
+
+
+@contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """Make a folder that appears under its name only when it is whole, replacing what was there.
+
+    Yields:
+        An empty folder to write to. If the body fails, nothing is left of it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        yield new
+        try:
+            if folder.exists():
+                folder.rename(Path(scratch) / "old")
+            new.rename(folder)
+        except OSError:
+            # Another process put its own there meanwhile; it is as good as this one.
+            if not folder.exists():
+                raise

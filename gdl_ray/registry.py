@@ -1,0 +1,325 @@
+"""Runs, registered models and their versions in MLflow: the only file that imports it.
+
+One experiment per dataset, a run per training job, a registered model `{dataset}-{family}`. A version holds
+the files of a checkpoint that serving needs, beside the code that reads them: safetensors, JSON, no pickle.
+The alias `champion` names the version that is served.
+"""
+
+import io
+import os
+import shutil
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# MLflow's own retries last minutes; who calls here knows better how long to wait.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+import mlflow
+import mlflow.pyfunc
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Dataset as LoggedDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.models import ModelSignature, set_model
+from mlflow.pyfunc.model import PythonModel
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+from PIL import Image
+
+from gdl_ray.data import Dataset
+from gdl_ray.engine import request_keys
+from gdl_ray.families import key_of
+from gdl_ray.family import UNLABELLED, Family
+from gdl_ray.home import home, made_whole
+from gdl_ray.train import checkpoint
+
+__all__ = [
+    "CHAMPION",
+    "GenerativeModel",
+    "RegistryUnavailable",
+    "Run",
+    "Version",
+    "champions",
+    "check",
+    "describe",
+    "fetch",
+    "register",
+    "set_model",
+    "signature",
+    "tracking_uri",
+]
+
+CHAMPION = "champion"
+"""Alias of the version that is served."""
+
+SAMPLES = "samples"
+"""Key under which every run logs its sample grids."""
+
+_PATIENCE_S = 600.0  # how long metrics wait for a server that does not answer
+
+
+class RegistryUnavailable(Exception):  # noqa: N818  (a state of the world, as QueueFull)
+    """The MLflow server does not answer."""
+
+
+def tracking_uri() -> str:
+    """Read where MLflow is from MLFLOW_TRACKING_URI.
+
+    Raises:
+        RegistryUnavailable: if it is not set.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise RegistryUnavailable(
+            "MLFLOW_TRACKING_URI is not set; `python -m infra up` starts a server and sets it for jobs"
+        )
+    return uri
+
+
+def check() -> None:
+    """Ask whether the MLflow server answers.
+
+    Raises:
+        RegistryUnavailable: if not within five seconds.
+    """
+    uri = tracking_uri()
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=5):  # noqa: S310  (the user's own address)
+            pass
+    except (OSError, ValueError) as error:
+        raise RegistryUnavailable(
+            f"no MLflow server answers at MLFLOW_TRACKING_URI={uri} ({error}); "
+            f"start it, or correct the address"
+        ) from error
+
+
+def model_name(dataset: str, family: str) -> str:
+    """Name the registered model of a family on a dataset."""
+    return f"{dataset}-{family}"
+
+
+class Run:
+    """One training job's run.
+
+    Every report has its step, and a step that was logged is not logged again: what a restarted worker repeats
+    is dropped. While the server is away, reports wait.
+    """
+
+    def __init__(
+        self, name: str, dataset: Dataset, params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        self._client = MlflowClient(tracking_uri())
+        spec = dataset.spec
+        found = self._client.get_experiment_by_name(spec.name)
+        experiment = found.experiment_id if found else self._client.create_experiment(spec.name)
+        self.id: str = self._client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
+        self._client.log_batch(self.id, params=[Param(key, value) for key, value in params.items()])
+        self._log_dataset(dataset)
+        self._last_step = -1
+
+    def _log_dataset(self, dataset: Dataset) -> None:
+        sizes = {name: len(split) for name, split in dataset.splits.items()}
+        logged = LoggedDataset(
+            name=dataset.spec.name,
+            digest=dataset.digest[:16],
+            source_type="gdl_ray",
+            source=f'{{"name": "{dataset.spec.name}", "sha256": "{dataset.digest}"}}',
+            profile=pd.Series(sizes).to_json(),
+        )
+        context = InputTag(key="mlflow.data.context", value="training")
+        self._client.log_inputs(self.id, [DatasetInput(logged, [context])])
+
+    def identity(self) -> tuple[str, str]:
+        """Run id, and the address of its page."""
+        experiment = self._client.get_run(self.id).info.experiment_id
+        return self.id, f"{tracking_uri()}/#/experiments/{experiment}/runs/{self.id}"
+
+    def log(self, step: int, metrics: Mapping[str, float], samples_png: bytes | None = None) -> None:
+        """Log the metrics, and perhaps a sample grid, of one step."""
+        if step <= self._last_step:
+            return
+        now_ms = int(time.time() * 1000)
+        batch = [Metric(key, value, now_ms, step) for key, value in metrics.items()]
+        _persist(lambda: self._client.log_batch(self.id, metrics=batch))
+        if samples_png:
+            image = Image.open(io.BytesIO(samples_png))
+            _persist(lambda: self._client.log_image(self.id, image, key=SAMPLES, step=step, synchronous=True))
+        self._last_step = step
+
+    def log_final(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics of the finished model, at the last step."""
+        now_ms = int(time.time() * 1000)
+        batch = [Metric(key, value, now_ms, max(self._last_step, 0)) for key, value in metrics.items()]
+        _persist(lambda: self._client.log_batch(self.id, metrics=batch))
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the run; `status` is FINISHED, FAILED or KILLED."""
+        _persist(lambda: self._client.set_terminated(self.id, status))
+
+
+def _persist(call: Callable[[], Any]) -> None:
+    """Repeat a call until the server answers; an answer that refuses it is raised."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            call()
+        except RestException:
+            raise
+        except MlflowException:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2)
+        else:
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version of a registered model."""
+
+    name: str
+    version: int
+    champion: int
+    """The version that is champion now."""
+    page: str
+    """Address of its page."""
+
+
+def register(run_id: str, directory: Path, promote: bool) -> Version:
+    """Register the model of a checkpoint as a new version.
+
+    Args:
+        run_id: the run that trained it.
+        directory: the checkpoint.
+        promote: make it the champion, even if there is one.
+    """
+    family = checkpoint.load_family(directory)
+    name = model_name(family.spec.name, key_of(family))
+    mlflow.set_tracking_uri(tracking_uri())
+    with tempfile.TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
+        served = Path(scratch) / "checkpoint"
+        served.mkdir()
+        for file in (*checkpoint.MODEL_FILES, "manifest.json"):
+            shutil.copy(directory / file, served)
+        info = mlflow.pyfunc.log_model(
+            name=name,
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"checkpoint": str(served)},
+            code_paths=[str(Path(__file__).parent)],
+            pip_requirements=_requirements(),
+            signature=signature(family),
+            registered_model_name=name,
+        )
+    version = int(info.registered_model_version)
+    client = MlflowClient(tracking_uri())
+    champion = client.get_registered_model(name).aliases.get(CHAMPION)
+    if promote or champion is None:
+        client.set_registered_model_alias(name, CHAMPION, str(version))
+        champion = version
+    return Version(name, version, int(champion), f"{tracking_uri()}/#/models/{name}/versions/{version}")
+
+
+def signature(family: Family) -> ModelSignature:
+    """Describe `GenerativeModel.predict`: a row per sample, with its label; the seed is a parameter."""
+    spec = family.spec
+    dtype = np.dtype(np.uint8 if spec.kind == "image" else np.int64)
+    return ModelSignature(
+        inputs=Schema([ColSpec("long", "label")]),
+        outputs=Schema([TensorSpec(dtype, (-1, *spec.shape))]),
+        params=ParamSchema([ParamSpec("seed", "long", 0)]),
+    )
+
+
+def _requirements() -> list[str]:
+    """Pin what the code of a version needs: the core's dependencies, and what this file imports."""
+    packages = ("torch", "numpy", "safetensors", "scikit-learn", "pillow", "pandas", "mlflow")
+    return [f"{package}=={metadata.version(package).partition('+')[0]}" for package in packages]
+
+
+class GenerativeModel(PythonModel):
+    """A registered model as an MLflow pyfunc: `predict` draws a sample for each row of labels."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the checkpoint among the version's artifacts."""
+        self._family = checkpoint.load_family(Path(context.artifacts["checkpoint"]))
+
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None
+    ) -> npt.NDArray[Any]:
+        """Sample.
+
+        Args:
+            context: not used.
+            model_input: column `label`, a row per sample; -1 asks for any class.
+            params: `seed`, an int; 0 if left out. The samples are those of the HTTP service for that seed.
+
+        Returns:
+            uint8 (B, C, H, W) or int64 (B, T).
+        """
+        labels = torch.tensor(model_input["label"].to_numpy(np.int64))
+        if not ((labels >= UNLABELLED) & (labels < self._family.spec.classes)).all():
+            raise ValueError(f"label must lie in [0, {self._family.spec.classes - 1}], or be -1 for any")
+        keys = request_keys(int((params or {}).get("seed", 0)), len(labels))
+        samples: npt.NDArray[Any] = self._family.sample(keys, labels).numpy()
+        return samples
+
+
+def champions() -> dict[str, int]:
+    """List the registered models that have a champion, with its version.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    client = MlflowClient(tracking_uri())
+    found: dict[str, int] = {}
+    page: str | None = ""
+    while page is not None:
+        models = _ask(client.search_registered_models, page_token=page or None)
+        found |= {model.name: int(model.aliases[CHAMPION]) for model in models if CHAMPION in model.aliases}
+        page = models.token or None
+    return found
+
+
+def describe(name: str, version: int) -> dict[str, Any]:
+    """Look up what the registry knows of a version: its run, that run's last metrics, when it was made."""
+    client = MlflowClient(tracking_uri())
+    found = _ask(client.get_model_version, name, str(version))
+    run = _ask(client.get_run, found.run_id)
+    return {"run_id": found.run_id, "created_ms": found.creation_timestamp, "metrics": dict(run.data.metrics)}
+
+
+def fetch(name: str, version: int) -> Path:
+    """Download a version's checkpoint, once; returns its folder.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    client = MlflowClient(tracking_uri())
+    found = _ask(client.get_model_version, name, str(version))
+    # The run tells versions of the same number apart after a registry was made anew.
+    folder = home() / "models" / name / f"{version}-{found.run_id}"
+    if not folder.exists():
+        uri = f"models:/{name}/{version}/artifacts/checkpoint"
+        with made_whole(folder) as new, tempfile.TemporaryDirectory() as scratch:
+            _ask(mlflow.artifacts.download_artifacts, uri, dst_path=scratch, tracking_uri=tracking_uri())
+            shutil.copytree(Path(scratch) / "checkpoint", new, dirs_exist_ok=True)
+    return folder
+
+
+def _ask(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return call(*args, **kwargs)
+    except RestException:
+        raise
+    except MlflowException as error:
+        raise RegistryUnavailable(f"no MLflow server answers at {tracking_uri()}: {error}") from error
