@@ -3,6 +3,7 @@
 ray job submit --working-dir . -- python -m jobs.train vae --data digits --workers 2
 """
 
+import logging
 import re
 import sys
 from argparse import ArgumentParser
@@ -84,7 +85,7 @@ class Options(Generic[Model]):
     """How it is trained."""
 
     @property
-    def resources(self) -> dict[str, float]:
+    def resources(self) -> dict[str, int]:
         """What Ray has to give each worker."""
         return {"CPU": self.cpus} | ({"GPU": 1} if self.gpu else {})
 
@@ -102,8 +103,9 @@ def parse(arguments: Sequence[str]) -> Options[Any]:
     if data not in DATASETS:
         raise UsageError(f"unknown dataset --data {data}: choose from {', '.join(DATASETS)}")
     preset = families.preset(family, data)
+    kind: Any = Options[FAMILIES[family].Config]  # type: ignore[misc]  # the command line decides the type
     options: Options[Any] = tyro.cli(
-        Options[FAMILIES[family].Config],  # type: ignore[misc]  # the command line decides the type
+        kind,
         args=arguments,
         default=Options(
             family=tyro.MISSING,
@@ -172,8 +174,8 @@ def _budget(options: Options[Any]) -> Budget:
 
 
 def _check_cluster(options: Options[Any]) -> None:
-    ray.init(logging_level="warning")
-    held = ray.cluster_resources()
+    ray.init(logging_level=logging.WARNING)
+    held = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for resource, each in options.resources.items():
         needed = each * options.workers
         if needed > held.get(resource, 0):
@@ -202,9 +204,8 @@ class _Tracking(UserCallback):
 def run(options: Options[Any], plan: Plan, dataset: Dataset) -> int:
     """Train, evaluate on the test split once, register; returns the exit code."""
     name = options.name or f"{options.family}-{options.data}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    tracked = ray.remote(num_cpus=0)(registry.Run).remote(
-        name, dataset, _params(options), _tags(options, dataset)
-    )
+    actor: Any = ray.remote(num_cpus=0)(registry.Run)
+    tracked = actor.remote(name, dataset, _params(options), _tags(options, dataset))
     run_id, page = ray.get(tracked.identity.remote())
     print(f"jobs.train: run {name}, {page}", flush=True)
     try:
@@ -229,8 +230,8 @@ def _fit(
     task = Task(
         family=options.family, model=options.model, data=options.data, data_root=home() / "data", plan=plan
     )
-    trainer = TorchTrainer(
-        work,
+    trainer: Any = TorchTrainer(
+        work,  # type: ignore[arg-type]  # ray 2.60 annotates Train V1 and runs V2
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
             num_workers=options.workers, use_gpu=options.gpu, resources_per_worker=options.resources
@@ -243,7 +244,7 @@ def _fit(
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
             ),
-            callbacks=[_Tracking(tracked)],
+            callbacks=[_Tracking(tracked)],  # type: ignore[list-item]
         ),
     )
     try:
@@ -276,12 +277,8 @@ def _params(options: Options[Any]) -> dict[str, str]:
     """Flatten the options, as MLflow compares them."""
     flat: dict[str, str] = {}
     for key, value in asdict(options).items():
-        inner = (
-            {f"{key}.{name}": part for name, part in value.items()}
-            if isinstance(value, dict)
-            else {key: value}
-        )
-        flat |= {name: str(part) for name, part in inner.items()}
+        nested = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {}
+        flat |= {name: str(part) for name, part in (nested or {key: value}).items()}
     return flat
 
 
@@ -299,11 +296,8 @@ def _tags(options: Options[Any], dataset: Dataset) -> dict[str, str]:
 
 
 def _summary(version: registry.Version, scores: Mapping[str, float]) -> str:
-    served = (
-        "champion"
-        if version.champion == version.version
-        else f"champion stays {version.champion}; --promote moves it"
-    )
+    is_champion = version.champion == version.version
+    served = "champion" if is_champion else f"champion stays {version.champion}; --promote moves it"
     shown = "  ".join(f"{name} {scores[name]:.4f}" for name in (SCORE, "test/bits_per_dim") if name in scores)
     return f"jobs.train: {version.name} version {version.version} ({served})  {shown}\n  {version.page}"
 
