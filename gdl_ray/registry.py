@@ -218,6 +218,7 @@ def register(run_id: str, directory: Path, promote: bool) -> Version:
             code_paths=[str(Path(__file__).parent)],
             pip_requirements=_requirements(),
             signature=signature(family),
+            input_example=(pd.DataFrame({"label": [UNLABELLED] * 4}), {"seed": 7}),
             registered_model_name=name,
         )
     version = int(info.registered_model_version)
@@ -311,8 +312,10 @@ def fetch(name: str, version: int) -> Path:
     if not folder.exists():
         uri = f"models:/{name}/{version}/artifacts/checkpoint"
         with made_whole(folder) as new, tempfile.TemporaryDirectory() as scratch:
-            _ask(mlflow.artifacts.download_artifacts, uri, dst_path=scratch, tracking_uri=tracking_uri())
-            shutil.copytree(Path(scratch) / "checkpoint", new, dirs_exist_ok=True)
+            there = _ask(
+                mlflow.artifacts.download_artifacts, uri, dst_path=scratch, tracking_uri=tracking_uri()
+            )
+            shutil.copytree(there, new, dirs_exist_ok=True)
     return folder
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from gdl_ray.data import arrays
 from gdl_ray.data.arrays import DamagedDataError, Dataset, Split
 from gdl_ray.family import DataSpec
 
 Source = Callable[[Path], tuple[DataSpec, Mapping[str, Split]]]
+
+# scikit-learn is imported where data are prepared: it takes longer than all else that a worker imports, torch
+# aside, and most processes find their data ready.
 
 _MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _MNIST_SHA256 = {  # of the unpacked files
@@ -51,6 +52,8 @@ def load(name: str, root: Path) -> Dataset:
 
 def digits(raw: Path) -> tuple[DataSpec, Mapping[str, Split]]:
     """Make scikit-learn's handwritten digits: 1,797 images of 8x8 pixels and 17 levels."""
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     x = images.astype(np.uint8).reshape(-1, 1, 8, 8)
     rest, test = _carve(Split(x, labels), 0.2)
@@ -78,6 +81,8 @@ DATASETS: Mapping[str, Source] = {"digits": digits, "mnist": mnist}
 
 def _carve(split: Split, share: float) -> tuple[Split, Split]:
     """Split off a stratified share, the same at every call."""
+    from sklearn.model_selection import train_test_split
+
     rest, carved = train_test_split(np.arange(len(split)), test_size=share, random_state=0, stratify=split.y)
     return Split(split.x[rest], split.y[rest]), Split(split.x[carved], split.y[carved])
 

@@ -1,0 +1,295 @@
+"""The loop, without ray: exact to resume, indifferent to the number of workers, loud when it diverges."""
+
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+
+from gdl_ray.data import Dataset, load, training_batch
+from gdl_ray.families import build
+from gdl_ray.families.vae import VAEConfig
+from gdl_ray.family import Batch, DataSpec, Density, Family, Losses, Optimization, Sampler
+from gdl_ray.random import normal
+from gdl_ray.train.local import LocalRun
+from gdl_ray.train.loop import SCORE, Budget, DivergenceError, Plan, Report, Training, learning_rate, train
+from gdl_ray.train.parallel import World
+
+ROOT = Path(__file__).parents[2]
+SMALL = VAEConfig(width=4, hidden=32, latent=4)
+PLAN = Plan(
+    optimization=Optimization(batch_size=32, learning_rate=2e-3),
+    budget=Budget(steps=60),
+    report_every=10,
+    checkpoint_every=20,
+)
+
+
+class Record:
+    """Reporter that keeps reports, and the last checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reports: list[Report] = []
+
+    def __call__(self, report: Report) -> None:
+        self.reports.append(report)
+        if report.write:
+            report.write(self.folder / f"step-{report.step}")
+
+    def saved(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+
+def same_state(first: Path, second: Path) -> bool:
+    """Compare all that training goes on from, bit by bit; the clock is no part of it."""
+    for file in ("model.safetensors", "resume/tensors.safetensors"):
+        if (first / file).read_bytes() != (second / file).read_bytes():
+            return False
+    counters = [json.loads((path / "resume/counters.json").read_text()) for path in (first, second)]
+    return all(counters[0][key] == counters[1][key] for key in counters[0] if key != "seconds")
+
+
+def test_reports_are_regular_and_complete(digits: Dataset, tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    train(build("vae", SMALL, digits.spec), digits, PLAN, record)
+    assert [report.step for report in record.reports] == [10, 20, 30, 40, 50, 60]
+    assert [report.step for report in record.reports if report.write] == [20, 40, 60]
+    losses = [report.metrics["train/loss"] for report in record.reports]
+    assert losses[-1] < losses[0]
+    assert record.reports[-1].metrics["progress"] == 1
+    assert all((SCORE in report.metrics) == (report.write is not None) for report in record.reports)
+
+
+def test_resumed_is_the_same_as_never_interrupted(digits: Dataset, tmp_path: Path) -> None:
+    whole, resumed = Record(tmp_path / "whole"), Record(tmp_path / "resumed")
+    train(build("vae", SMALL, digits.spec), digits, PLAN, whole)
+    # Other initial weights: a resumed run must not remember any.
+    train(build("vae", SMALL, digits.spec, seed=9), digits, PLAN, resumed, resume=whole.saved(20))
+    assert [report.step for report in resumed.reports] == [30, 40, 50, 60]
+    for before, after in zip(whole.reports[2:], resumed.reports, strict=True):
+        for name in before.metrics.keys() - {"seconds", "examples_per_s"}:
+            assert before.metrics[name] == after.metrics[name], name
+    assert same_state(whole.saved(60), resumed.saved(60))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from gdl_ray.data import load
+from gdl_ray.families import build
+from gdl_ray.train.local import LocalRun
+from gdl_ray.train.loop import train
+from tests.train.test_loop import LONG, SMALL
+digits = load("digits", Path(sys.argv[1]))
+run = LocalRun(Path(sys.argv[2]))
+train(build("vae", SMALL, digits.spec), digits, LONG, run, resume=run.last)
+"""
+LONG = replace(PLAN, budget=Budget(steps=200), patience=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_and_resumed_is_the_same_as_never_killed(tmp_path: Path, seed: int) -> None:
+    digits = load("digits", tmp_path / "data")
+    whole, killed = LocalRun(tmp_path / "whole"), tmp_path / "killed"
+    train(build("vae", SMALL, digits.spec), digits, LONG, whole)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "data"), str(killed)]
+    moments = random.Random(seed)
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+        assert process.stdout
+        process.stdout.readline()  # the first report: training is under way
+        time.sleep(moments.uniform(0, 0.7))
+        process.kill()
+        process.communicate()
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    last = LocalRun(killed)
+    assert whole.last
+    assert last.last
+    assert last.last.name == whole.last.name
+    assert same_state(whole.last, last.last)
+
+
+def test_a_run_goes_on_from_what_is_whole_in_its_folder(digits: Dataset, tmp_path: Path) -> None:
+    run = LocalRun(tmp_path)
+    train(build("vae", SMALL, digits.spec), digits, PLAN, run)
+    torn = tmp_path / "step-00000080"
+    shutil.copytree(tmp_path / "step-00000060", torn)
+    (torn / "manifest.json").unlink()
+    again = LocalRun(tmp_path)
+    assert (again.last, again.best) == (run.last, run.best)
+    assert not torn.exists()
+
+
+def worker(rank: int, world_size: int, meeting: Path, function: Callable[[World], None]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    function(World(rank, world_size))
+    dist.destroy_process_group()
+
+
+def in_workers(count: int, folder: Path, function: Callable[[World], None]) -> None:
+    """Run a picklable function in a group of processes, and wait."""
+    spawn(worker, (count, folder / "meeting", function), nprocs=count)  # type: ignore[no-untyped-call]
+
+
+def train_vae(root: Path, world: World) -> None:
+    digits = load("digits", root / "data")
+    plan = replace(PLAN, budget=Budget(steps=50), checkpoint_every=50)
+    train(build("vae", SMALL, digits.spec), digits, plan, Record(root / f"{world.size}-workers"), world=world)
+
+
+@pytest.mark.slow
+def test_two_workers_train_what_one_does(tmp_path: Path) -> None:
+    train_vae(tmp_path, World())
+    in_workers(2, tmp_path, partial(train_vae, tmp_path))
+    alone, shared = (
+        load_file(tmp_path / f"{count}-workers/step-50/resume/tensors.safetensors") for count in (1, 2)
+    )
+    for name in alone:
+        if name.startswith("weights/"):
+            difference = (alone[name] - shared[name]).norm() / alone[name].norm().clamp(min=1e-12)
+            assert difference < 1e-5, name
+
+
+class Duel(Family):
+    """Two phases over parameters of their own, one with a gradient of a gradient, as in a GAN."""
+
+    density = Density.IMPLICIT
+    phases = ("critic", "generator")
+    presets: ClassVar[dict[str, Any]] = {}
+    Config = dict
+
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {}
+        self.spec = spec
+        self.critic = nn.Sequential(nn.Linear(64, 16), nn.SiLU(), nn.Linear(16, 1))
+        self.generator = nn.Linear(8, 64)
+
+    def phase_parameters(self, phase: str) -> Iterator[nn.Parameter]:
+        return (self.critic if phase == "critic" else self.generator).parameters()
+
+    def forward(self, batch: Batch, phase: str = "main") -> Losses:
+        real = (batch.x.flatten(1) / 16).requires_grad_()
+        fake = self.generator(normal(batch.key, (8,)))
+        score = self.critic(real)
+        if phase == "generator":
+            return Losses((score.detach() - self.critic(fake)).mean(), {})
+        (slope,) = torch.autograd.grad(score.sum(), real, create_graph=True)
+        penalty = slope.square().sum(1).mean()
+        return Losses((self.critic(fake.detach()) - score).mean() + penalty, {"penalty": penalty.detach()})
+
+    def sampler(self) -> Sampler:
+        raise AssertionError("the loop asks for samples only to save them")
+
+
+def train_duel(root: Path, world: World) -> None:
+    digits = load("digits", root / "data")
+    torch.manual_seed(0)
+    training = Training(Duel(digits.spec), PLAN, world)
+    for step in range(3):
+        share = {"rank": world.rank, "world": world.size}
+        training.advance(training_batch(digits.splits["train"], seed=0, step=step, batch_size=32, **share))
+    save_file(training.family.state_dict(), root / f"duel-{world.size}-{world.rank}.safetensors")
+
+
+@pytest.mark.slow
+def test_each_phase_is_averaged_over_the_workers(tmp_path: Path) -> None:
+    train_duel(tmp_path, World())
+    in_workers(2, tmp_path, partial(train_duel, tmp_path))
+    alone, first, second = (
+        load_file(tmp_path / f"duel-{name}.safetensors") for name in ("1-0", "2-0", "2-1")
+    )
+    for name in alone:
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-6)
+
+
+def test_workers_must_divide_the_batch(digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size=32 is not a multiple of the 3 workers"):
+        train(build("vae", SMALL, digits.spec), digits, PLAN, Record(tmp_path), world=World(0, 3))
+
+
+def test_divergence_stops_before_anything_is_saved(digits: Dataset, tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    wild = replace(PLAN, optimization=replace(PLAN.optimization, learning_rate=1e6))
+    with pytest.raises(
+        DivergenceError, match=r"train/\w+ is \w+ within steps 1 to 10.*--optimization.learning-rate"
+    ):
+        train(build("vae", SMALL, digits.spec), digits, wild, record)
+    assert record.reports == []
+
+
+def test_training_stops_when_validation_no_longer_improves(digits: Dataset, tmp_path: Path) -> None:
+    still = replace(
+        PLAN,
+        optimization=replace(PLAN.optimization, learning_rate=1e-12),
+        budget=Budget(steps=1000),
+        patience=2,
+    )
+    record = Record(tmp_path)
+    train(build("vae", SMALL, digits.spec), digits, still, record)
+    assert len(record.reports) < 100
+
+
+def test_a_budget_of_seconds_counts_steps_alone(digits: Dataset, tmp_path: Path) -> None:
+    class Slow(Record):
+        def __call__(self, report: Report) -> None:
+            super().__call__(report)
+            time.sleep(0.3)
+
+    record = Slow(tmp_path)
+    train(build("vae", SMALL, digits.spec), digits, replace(PLAN, budget=Budget(seconds=0.6)), record)
+    spent = record.reports[-1].metrics["seconds"]
+    assert 0.6 <= spent < 1.5
+    assert len(record.reports) > 1
+    assert record.reports[-1].write
+
+
+def test_average_follows_the_weights_by_its_decay(digits: Dataset) -> None:
+    training = Training(build("vae", SMALL, digits.spec), PLAN, World())
+    name, weight = next(iter(training.family.named_parameters()))
+    expected = weight.detach().clone()
+    for step in range(30):
+        training.advance(training_batch(digits.splits["train"], seed=0, step=step, batch_size=32))
+        decay = min(0.99, (step + 1) / (step + 11))
+        expected = decay * expected + (1 - decay) * weight.detach()
+    torch.testing.assert_close(dict(training.average.named_parameters())[name], expected)
+
+
+def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
+    optimization = Optimization(learning_rate=1.0, warmup=0.1)
+    assert learning_rate(optimization, 0.05) == pytest.approx(0.5)
+    assert learning_rate(optimization, 0.1) == pytest.approx((1 + math.cos(0.1 * math.pi)) / 2)
+    assert learning_rate(optimization, 0.5) == pytest.approx(0.5)
+    assert learning_rate(optimization, 1.0) == 0.02
+    assert all(learning_rate(optimization, p / 100) >= 0.02 for p in range(101))
+
+
+@pytest.mark.parametrize("budget", [{"steps": 1, "seconds": 1.0}, {}, {"steps": -1}])
+def test_a_budget_is_one_thing(budget: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="exactly one of steps and seconds"):
+        Budget(**budget)
+
+
+def test_checkpoints_fall_on_reports() -> None:
+    with pytest.raises(ValueError, match="checkpoint_every=25 must be a multiple of report_every=10"):
+        replace(PLAN, checkpoint_every=25)
