@@ -4,6 +4,7 @@ ray job submit --working-dir . -- python -m jobs.train vae --data digits --worke
 """
 
 import logging
+import os
 import re
 import sys
 from argparse import ArgumentParser
@@ -163,6 +164,8 @@ def _plan(options: Options[Any]) -> Plan:
 def _budget(options: Options[Any]) -> Budget:
     if options.budget and options.examples:
         raise UsageError("--budget and --examples both say when to end: give one of them")
+    if options.steps < 1 or options.examples < 0:
+        raise UsageError(f"--steps {options.steps}, --examples {options.examples}: write numbers above 0")
     if options.examples:
         return Budget(steps=max(1, options.examples // options.optimization.batch_size))
     if not options.budget:
@@ -247,6 +250,8 @@ def _fit(
             callbacks=[_Tracking(tracked)],  # type: ignore[list-item]
         ),
     )
+    # Ray Train would print what workers print a second time.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:

@@ -1,5 +1,6 @@
 """The training loop under Ray Train: what each worker of a job runs."""
 
+import logging
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,8 @@ def work(config: Mapping[str, Any]) -> str | None:
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(_cpus())
+    # It repeats every report in its own words.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     dataset = load(task.data, task.data_root)
     family = build(task.family, task.model, dataset.spec, task.plan.seed)
     try:

@@ -1,0 +1,1 @@
+"""Where gdl_ray runs: `python -m infra up|status|down`."""

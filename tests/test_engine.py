@@ -1,0 +1,285 @@
+"""The engine against samplers whose every value is known."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gdl_ray.engine import Engine, QueueFull, request_keys
+from gdl_ray.family import UNLABELLED, Batch, DataSpec, Density, Family, Losses, Sampler, State
+from gdl_ray.random import fold, normal
+
+SPEC = DataSpec(name="toy", kind="image", shape=(1, 2, 2), levels=256, classes=10)
+
+
+class Walk(Sampler):
+    """Folds each step's number into the sample's key, and checks that steps come in order."""
+
+    def __init__(self, steps: int, before_step: Callable[[Tensor], None]) -> None:
+        self.steps = steps
+        self.before_step = before_step
+
+    def start(self, keys: Tensor, labels: Tensor) -> State:
+        return {"key": fold(keys, labels + 1), "steps_taken": torch.zeros_like(keys)}
+
+    def step(self, state: State, index: Tensor) -> State:
+        self.before_step(index)
+        assert torch.equal(state["steps_taken"], index)
+        return {"key": fold(state["key"], index), "steps_taken": index + 1}
+
+    def finish(self, state: State) -> Tensor:
+        pixels = torch.stack([state["key"] >> shift & 255 for shift in (0, 8, 16, 24)], dim=1)
+        return pixels.to(torch.uint8).view(-1, 1, 2, 2)
+
+
+class Net(Sampler):
+    """Two steps of a network, for the rounding of real kernels."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.steps = 2
+
+    def start(self, keys: Tensor, labels: Tensor) -> State:
+        return {"x": normal(keys, (1, 8, 8)), "key": keys}
+
+    def step(self, state: State, index: Tensor) -> State:
+        return {**state, "x": self.net(state["x"]) + normal(state["key"], (1, 8, 8), index + 1)}
+
+    def finish(self, state: State) -> Tensor:
+        # The raw bits of the floats: equal bytes are equal results to the last digit.
+        return state["x"].contiguous().view(torch.uint8).view(-1, 1, 8, 32)
+
+
+class Fake(Family):
+    density = Density.IMPLICIT
+    presets: ClassVar[dict[str, Any]] = {}
+    Config = dict
+
+    def __init__(self, make: Callable[[], Sampler]) -> None:
+        super().__init__()
+        self.spec = SPEC
+        self.make = make
+
+    def forward(self, batch: Batch, phase: str = "main") -> Losses:
+        raise AssertionError("the engine does not train")
+
+    def sampler(self) -> Sampler:
+        return self.make()
+
+
+def walk(steps: int, before_step: Callable[[Tensor], None] = lambda index: None) -> Fake:
+    return Fake(lambda: Walk(steps, before_step))
+
+
+@contextmanager
+def running(family: Family, slots: int = 8, queue_samples: int = 4096) -> Iterator[Engine]:
+    engine = Engine(family, slots, queue_samples)
+    try:
+        yield engine
+    finally:
+        engine.close(drain=False)
+
+
+def labels_of(n: int, label: int = UNLABELLED) -> Tensor:
+    return torch.full((n,), label)
+
+
+class Gate:
+    """Lets the engine take steps one by one."""
+
+    def __init__(self) -> None:
+        self.steps = threading.Semaphore(0)
+        self.reached = threading.Semaphore(0)
+        self.index = torch.zeros(0)
+
+    def __call__(self, index: Tensor) -> None:
+        self.index = index
+        self.reached.release()
+        assert self.steps.acquire(timeout=10)
+
+    def wait(self) -> None:
+        assert self.reached.acquire(timeout=10)
+
+    def step(self, count: int = 1) -> None:
+        """Let `count` steps happen and wait until the engine stands before the next."""
+        for _ in range(count):
+            self.steps.release()
+            self.wait()
+
+    def open(self) -> None:
+        self.steps.release(10**6)
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("n", [1, 8, 50])
+def test_samples_are_those_of_the_family_in_order(steps: int, n: int) -> None:
+    family, labels = walk(steps), torch.arange(n) % 11 - 1
+    with running(family) as engine:
+        result = engine.submit(7, labels).future.result(timeout=10)
+    assert torch.equal(result, family.sample(request_keys(7, n), labels))
+
+
+def test_requests_from_many_threads_each_get_their_own_samples() -> None:
+    family = walk(5)
+    wrong: list[int] = []
+
+    def client(seed: int, engine: Engine) -> None:
+        for n in (1, 3, 20):
+            result = engine.submit(seed, labels_of(n)).future.result(timeout=30)
+            if not torch.equal(result, family.sample(request_keys(seed, n))):
+                wrong.append(seed)
+
+    with running(family) as engine:
+        threads = [threading.Thread(target=client, args=(seed, engine)) for seed in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+        assert not wrong
+        assert (engine.waiting, engine.active) == (0, 0)
+
+
+def test_samples_join_and_leave_between_any_two_steps() -> None:
+    gate = Gate()
+    family = walk(4)
+    with running(walk(4, gate)) as engine:
+        first = engine.submit(1, labels_of(2))
+        gate.wait()
+        second = engine.submit(2, labels_of(3))
+        gate.step()
+        assert sorted(gate.index.tolist()) == [0, 0, 0, 1, 1, 1, 1, 1]  # free slots repeat what they held
+        assert engine.active == 5
+        gate.step(3)
+        assert first.future.done()
+        assert not second.future.done()
+        assert engine.active == 3
+        gate.open()
+        assert torch.equal(second.future.result(timeout=10), family.sample(request_keys(2, 3)))
+        assert torch.equal(first.future.result(), family.sample(request_keys(1, 2)))
+
+
+def test_a_large_request_is_cut_up_and_does_not_overtake() -> None:
+    gate = Gate()
+    with running(walk(2, gate), slots=8) as engine:
+        large = engine.submit(1, labels_of(20))
+        small = engine.submit(2, labels_of(1))
+        gate.wait()
+        gate.step(4)  # 8 + 8 samples are through, 4 + 1 under way
+        assert (engine.waiting, engine.active) == (0, 5)
+        assert not small.future.done()
+        gate.open()
+        assert large.future.result(timeout=10).shape == (20, 1, 2, 2)
+        assert small.future.result(timeout=10).shape == (1, 1, 2, 2)
+
+
+def test_a_cancelled_job_frees_its_slots_at_the_next_step() -> None:
+    gate = Gate()
+    with running(walk(100, gate), slots=8) as engine:
+        dropped = engine.submit(1, labels_of(12))
+        gate.wait()
+        kept = engine.submit(2, labels_of(8))
+        assert engine.waiting >= 8
+        dropped.cancel()
+        assert engine.waiting == 8  # what waited of it is gone at once
+        gate.step()
+        assert (engine.waiting, engine.active) == (0, 8)
+        assert gate.index.tolist() == [0] * 8
+        gate.open()
+        assert torch.equal(kept.future.result(timeout=10), walk(100).sample(request_keys(2, 8)))
+        with pytest.raises(CancelledError):
+            dropped.future.result()
+
+
+def test_the_queue_is_bounded_in_samples() -> None:
+    gate = Gate()
+    with running(walk(1, gate), slots=8, queue_samples=20) as engine:
+        engine.submit(0, labels_of(8))
+        gate.wait()
+        waiting = engine.submit(1, labels_of(15))
+        with pytest.raises(QueueFull, match="15 samples wait, 20 may; 6 more asked"):
+            engine.submit(2, labels_of(6))
+        engine.submit(3, labels_of(5))
+        waiting.cancel()
+        engine.submit(2, labels_of(6))
+        assert engine.waiting == 11
+        gate.open()
+
+
+def test_a_sampler_that_raises_fails_its_jobs_and_no_others() -> None:
+    gate = Gate()
+    failures = [ArithmeticError("loss of precision")]
+
+    def step(index: Tensor) -> None:
+        gate(index)
+        if failures:
+            raise failures.pop()
+
+    with running(walk(3, step), slots=8) as engine:
+        broken = engine.submit(1, labels_of(10))
+        gate.wait()
+        later = engine.submit(2, labels_of(2))
+        gate.open()
+        with pytest.raises(ArithmeticError, match="loss of precision"):
+            broken.future.result(timeout=10)
+        assert torch.equal(later.future.result(timeout=10), walk(3).sample(request_keys(2, 2)))
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_close_finishes_or_cancels_what_is_held(drain: bool) -> None:
+    engine = Engine(walk(3, lambda index: time.sleep(0.01)), slots=8)
+    jobs = [engine.submit(seed, labels_of(5)) for seed in range(4)]
+    engine.close(drain)
+    for seed, job in enumerate(jobs):
+        assert job.future.done()
+        if drain:
+            assert torch.equal(job.future.result(), walk(3).sample(request_keys(seed, 5)))
+    assert jobs[-1].future.cancelled() is not drain
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(0, labels_of(1))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 3), ()])
+def test_labels_that_are_not_a_row_are_refused(shape: tuple[int, ...]) -> None:
+    with running(walk(1)) as engine, pytest.raises(ValueError, match="n >= 1"):
+        engine.submit(0, torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 200), nn.SiLU(), nn.Linear(200, 64), nn.Unflatten(1, (1, 8, 8))
+        ),
+        nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1), nn.GELU(), nn.Conv2d(12, 1, 3, padding=1), nn.Sigmoid()
+        ),
+    ],
+    ids=["mlp", "conv"],
+)
+def test_a_sample_is_bit_identical_alone_and_in_a_crowd(net: nn.Module) -> None:
+    family = Fake(lambda: Net(net.eval()))
+    family.net = net
+    with running(family, slots=64) as engine:
+        alone = engine.submit(7, labels_of(5)).future.result(timeout=10)
+        for n in range(1, 5):
+            assert torch.equal(engine.submit(7, labels_of(n)).future.result(timeout=10), alone[:n])
+        for round_ in range(20):
+            crowd = [engine.submit(100 * round_ + i, labels_of(i)) for i in range(1, 9)]
+            amid = engine.submit(7, labels_of(5))
+            crowd += [engine.submit(100 * round_ + i, labels_of(i)) for i in range(9, 12)]
+            assert torch.equal(amid.future.result(timeout=10), alone)
+            for job in crowd:
+                job.future.result(timeout=10)
+
+
+def test_the_keys_of_a_smaller_request_are_the_first_of_a_larger() -> None:
+    keys = request_keys(2**53 - 1, 1000)
+    assert torch.equal(request_keys(2**53 - 1, 10), keys[:10])
+    assert len(set(keys.tolist())) == 1000
+    assert not torch.isin(request_keys(0, 1000), keys).any()
