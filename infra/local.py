@@ -297,6 +297,9 @@ def _haproxy(platform: Platform) -> dict[str, str]:
     wrapper.chmod(0o700)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # One thread each for the ingress and a replica's requests: more only take turns on few cores.
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{temp}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{temp}/admin.sock",

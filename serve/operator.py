@@ -94,6 +94,7 @@ class CatalogReplica:
     """Answers at / and runs the operator."""
 
     def __init__(self) -> None:
+        replica.listen_on_node_address()
         self._catalog = Catalog()
         # Serve constructs a replica on the event loop that later runs its requests.
         self._operator = asyncio.get_running_loop().create_task(Operator(self._catalog).run())

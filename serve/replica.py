@@ -9,7 +9,10 @@ which reloads HAProxy twice and sends requests the long way round until the vers
 import asyncio
 import logging
 import sys
+from typing import Any
 
+import ray
+import ray.serve._private.replica as ray_replica
 import torch
 from ray import serve
 
@@ -27,6 +30,18 @@ RETRY_S = 5.0
 """Seconds until a version that could not be loaded is tried again."""
 
 log = logging.getLogger(__name__)
+
+
+def listen_on_node_address() -> None:
+    """Bind this replica's port for calls between deployments to its node's address alone.
+
+    Ray 2.60 binds it to every interface, and runs what it is sent there. Called while the replica is
+    constructed, which is before it listens.
+    """
+    untyped: Any = ray_replica
+    bind = untyped.add_port_to_grpc_server
+    address = f"{ray.util.get_node_ip_address()}:0"  # type: ignore[no-untyped-call]
+    untyped.add_port_to_grpc_server = lambda server, everywhere: bind(server, address)
 
 
 def load(name: str, version: int) -> Model:
@@ -50,6 +65,7 @@ class ModelReplica:
     """Holds the champion of one registered model."""
 
     def __init__(self, name: str) -> None:
+        listen_on_node_address()
         torch.set_num_threads(1)  # the cores belong to training; replicas scale by number
         # The engine's thread gives the interpreter away at every torch operation, and by default waits up to
         # 5 ms for a busy event loop to give it back.
