@@ -6,6 +6,8 @@ The alias `champion` names the version that is served.
 """
 
 import io
+import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,6 +22,8 @@ from typing import Any
 # MLflow's own retries last minutes; who calls here knows better how long to wait.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+# The job says itself, in a line, where the run and the model are.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 import mlflow
 import mlflow.pyfunc
@@ -43,6 +47,8 @@ from gdl_ray.family import UNLABELLED, Family
 from gdl_ray.home import home, made_whole
 from gdl_ray.train import checkpoint
 
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+
 __all__ = [
     "CHAMPION",
     "GenerativeModel",
@@ -56,6 +62,7 @@ __all__ = [
     "register",
     "set_model",
     "signature",
+    "start_run",
     "tracking_uri",
 ]
 
@@ -108,63 +115,66 @@ def model_name(dataset: str, family: str) -> str:
     return f"{dataset}-{family}"
 
 
+def start_run(
+    name: str, dataset: Dataset, params: Mapping[str, str], tags: Mapping[str, str]
+) -> tuple[str, str]:
+    """Start a run in the experiment of its dataset; returns its id, and the address of its page."""
+    client = MlflowClient(tracking_uri())
+    found = client.get_experiment_by_name(dataset.spec.name)
+    experiment = found.experiment_id if found else client.create_experiment(dataset.spec.name)
+    run_id: str = client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
+    client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+    client.log_inputs(run_id, [_describe_data(dataset)])
+    return run_id, f"{tracking_uri()}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def _describe_data(dataset: Dataset) -> DatasetInput:
+    logged = LoggedDataset(
+        name=dataset.spec.name,
+        digest=dataset.digest[:16],
+        source_type="gdl_ray",
+        source=json.dumps({"name": dataset.spec.name, "sha256": dataset.digest}),
+        profile=json.dumps({name: len(split) for name, split in dataset.splits.items()}),
+    )
+    return DatasetInput(logged, [InputTag(key="mlflow.data.context", value="training")])
+
+
 class Run:
-    """One training job's run.
+    """The log of a run.
 
     Every report has its step, and a step that was logged is not logged again: what a restarted worker repeats
     is dropped. While the server is away, reports wait.
     """
 
-    def __init__(
-        self, name: str, dataset: Dataset, params: Mapping[str, str], tags: Mapping[str, str]
-    ) -> None:
+    def __init__(self, run_id: str) -> None:
         self._client = MlflowClient(tracking_uri())
-        spec = dataset.spec
-        found = self._client.get_experiment_by_name(spec.name)
-        experiment = found.experiment_id if found else self._client.create_experiment(spec.name)
-        self.id: str = self._client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
-        self._client.log_batch(self.id, params=[Param(key, value) for key, value in params.items()])
-        self._log_dataset(dataset)
+        self._id = run_id
         self._last_step = -1
-
-    def _log_dataset(self, dataset: Dataset) -> None:
-        sizes = {name: len(split) for name, split in dataset.splits.items()}
-        logged = LoggedDataset(
-            name=dataset.spec.name,
-            digest=dataset.digest[:16],
-            source_type="gdl_ray",
-            source=f'{{"name": "{dataset.spec.name}", "sha256": "{dataset.digest}"}}',
-            profile=pd.Series(sizes).to_json(),
-        )
-        context = InputTag(key="mlflow.data.context", value="training")
-        self._client.log_inputs(self.id, [DatasetInput(logged, [context])])
-
-    def identity(self) -> tuple[str, str]:
-        """Run id, and the address of its page."""
-        experiment = self._client.get_run(self.id).info.experiment_id
-        return self.id, f"{tracking_uri()}/#/experiments/{experiment}/runs/{self.id}"
 
     def log(self, step: int, metrics: Mapping[str, float], samples_png: bytes | None = None) -> None:
         """Log the metrics, and perhaps a sample grid, of one step."""
         if step <= self._last_step:
             return
-        now_ms = int(time.time() * 1000)
-        batch = [Metric(key, value, now_ms, step) for key, value in metrics.items()]
-        _persist(lambda: self._client.log_batch(self.id, metrics=batch))
+        self._log_metrics(step, metrics)
         if samples_png:
             image = Image.open(io.BytesIO(samples_png))
-            _persist(lambda: self._client.log_image(self.id, image, key=SAMPLES, step=step, synchronous=True))
+            _persist(
+                lambda: self._client.log_image(self._id, image, key=SAMPLES, step=step, synchronous=True)
+            )
         self._last_step = step
 
     def log_final(self, metrics: Mapping[str, float]) -> None:
         """Log metrics of the finished model, at the last step."""
-        now_ms = int(time.time() * 1000)
-        batch = [Metric(key, value, now_ms, max(self._last_step, 0)) for key, value in metrics.items()]
-        _persist(lambda: self._client.log_batch(self.id, metrics=batch))
+        self._log_metrics(max(self._last_step, 0), metrics)
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run; `status` is FINISHED, FAILED or KILLED."""
-        _persist(lambda: self._client.set_terminated(self.id, status))
+        _persist(lambda: self._client.set_terminated(self._id, status))
+
+    def _log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        now_ms = int(time.time() * 1000)
+        batch = [Metric(key, value, now_ms, step) for key, value in metrics.items()]
+        _persist(lambda: self._client.log_batch(self._id, metrics=batch))
 
 
 def _persist(call: Callable[[], Any]) -> None:

@@ -17,7 +17,12 @@ from typing import Any, Generic, TypeVar
 import ray
 import ray.train
 import tyro
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.torch import TorchTrainer
 
 from gdl_ray import families, registry
@@ -26,7 +31,7 @@ from gdl_ray.evaluate.likelihood import log_likelihood
 from gdl_ray.families import FAMILIES
 from gdl_ray.family import Likelihood, Optimization
 from gdl_ray.home import home
-from gdl_ray.train.checkpoint import SAMPLES_FILE, git_commit, load_family
+from gdl_ray.train.checkpoint import git_commit, load_family
 from gdl_ray.train.loop import SCORE, Budget, Plan
 from gdl_ray.train.worker import Task, work
 
@@ -188,29 +193,13 @@ def _check_cluster(options: Options[Any]) -> None:
             )
 
 
-class _Tracking(UserCallback):
-    """Passes what the workers report on to the run, without waiting for it."""
-
-    def __init__(self, run: Any) -> None:
-        self._run = run
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Take the reports of all workers at one step."""
-        reported = dict(metrics[0])
-        samples = None
-        if checkpoint:
-            with checkpoint.as_directory() as directory:
-                samples = (Path(directory) / SAMPLES_FILE).read_bytes()
-        self._run.log.remote(reported.pop("step"), reported, samples)
-
-
 def run(options: Options[Any], plan: Plan, dataset: Dataset) -> int:
     """Train, evaluate on the test split once, register; returns the exit code."""
     name = options.name or f"{options.family}-{options.data}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    actor: Any = ray.remote(num_cpus=0)(registry.Run)
-    tracked = actor.remote(name, dataset, _params(options), _tags(options, dataset))
-    run_id, page = ray.get(tracked.identity.remote())
+    run_id, page = registry.start_run(name, dataset, _params(options), _tags(options, dataset))
     print(f"jobs.train: run {name}, {page}", flush=True)
+    actor: Any = ray.remote(num_cpus=0)(registry.Run)
+    tracked = actor.remote(run_id)
     try:
         best, metrics = _fit(options, plan, name, tracked)
     except TrainingError as error:
@@ -235,7 +224,7 @@ def _fit(
     )
     trainer: Any = TorchTrainer(
         work,  # type: ignore[arg-type]  # ray 2.60 annotates Train V1 and runs V2
-        train_loop_config={"task": task},
+        train_loop_config={"task": task, "run": tracked},
         scaling_config=ScalingConfig(
             num_workers=options.workers, use_gpu=options.gpu, resources_per_worker=options.resources
         ),
@@ -247,7 +236,6 @@ def _fit(
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
             ),
-            callbacks=[_Tracking(tracked)],  # type: ignore[list-item]
         ),
     )
     # Ray Train would print what workers print a second time.

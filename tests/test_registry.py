@@ -36,36 +36,38 @@ def saved(digits: Dataset, folder: Path, seed: int = 0) -> Path:
 
 
 def test_a_run_holds_what_compares_it(client: MlflowClient, digits: Dataset) -> None:
-    run = registry.Run("first", digits, {"model.latent": "16"}, {"family": "vae"})
+    run_id, page = registry.start_run("first", digits, {"model.latent": "16"}, {"family": "vae"})
+    assert run_id in page
+    run = registry.Run(run_id)
     grid = sample_grid(build("vae", preset("vae", "digits").model, digits.spec))
     run.log(50, {"train/loss": 3.0}, grid)
     run.log(100, {"train/loss": 2.0})
     run.log(50, {"train/loss": 3.0}, grid)  # what a restarted worker repeats
     run.log_final({"test/bits_per_dim": 1.9})
     run.finish()
-    found = client.get_run(run.id)
+    found = client.get_run(run_id)
     assert client.get_experiment(found.info.experiment_id).name == "digits"
     assert (found.info.run_name, found.info.status) == ("first", "FINISHED")
     assert found.data.params == {"model.latent": "16"}
     assert found.data.tags["family"] == "vae"
-    history = [(each.step, each.value) for each in client.get_metric_history(run.id, "train/loss")]
+    history = [(each.step, each.value) for each in client.get_metric_history(run_id, "train/loss")]
     assert history == [(50, 3.0), (100, 2.0)]
-    assert [each.step for each in client.get_metric_history(run.id, "test/bits_per_dim")] == [100]
+    assert [each.step for each in client.get_metric_history(run_id, "test/bits_per_dim")] == [100]
     assert found.inputs
     assert found.inputs.dataset_inputs[0].dataset.digest == digits.digest[:16]
-    pictures = [item.path for item in client.list_artifacts(run.id, "images")]
+    pictures = [item.path for item in client.list_artifacts(run_id, "images")]
     assert len([path for path in pictures if path.endswith(".png")]) == 1
     assert all("samples" in path for path in pictures)
 
 
 def test_a_version_is_served_by_mlflow_itself(client: MlflowClient, digits: Dataset, tmp_path: Path) -> None:
-    run = registry.Run("second", digits, {}, {})
+    run_id, _ = registry.start_run("second", digits, {}, {})
     directory = saved(digits, tmp_path / "step-1")
-    first = registry.register(run.id, directory, promote=False)
+    first = registry.register(run_id, directory, promote=False)
     assert (first.name, first.champion) == ("digits-vae", first.version)
-    second = registry.register(run.id, saved(digits, tmp_path / "step-2", seed=1), promote=False)
+    second = registry.register(run_id, saved(digits, tmp_path / "step-2", seed=1), promote=False)
     assert second.champion == first.version
-    third = registry.register(run.id, directory, promote=True)
+    third = registry.register(run_id, directory, promote=True)
     assert third.champion == third.version
     assert registry.champions() == {"digits-vae": third.version}
 
@@ -94,8 +96,8 @@ def test_a_version_is_served_by_mlflow_itself(client: MlflowClient, digits: Data
 
 
 def test_a_version_holds_no_pickle(client: MlflowClient, digits: Dataset, tmp_path: Path) -> None:
-    run = registry.Run("third", digits, {}, {})
-    version = registry.register(run.id, saved(digits, tmp_path / "step-1"), promote=False)
+    run_id, _ = registry.start_run("third", digits, {}, {})
+    version = registry.register(run_id, saved(digits, tmp_path / "step-1"), promote=False)
     uri = f"models:/digits-vae/{version.version}"
     folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "all")))
     assert not [path for path in folder.rglob("*") if path.suffix in {".pkl", ".pickle", ".pt", ".bin"}]
@@ -104,13 +106,13 @@ def test_a_version_holds_no_pickle(client: MlflowClient, digits: Dataset, tmp_pa
 
 
 def test_a_version_is_fetched_once(client: MlflowClient, digits: Dataset, tmp_path: Path) -> None:
-    run = registry.Run("fourth", digits, {}, {})
-    version = registry.register(run.id, saved(digits, tmp_path / "step-1"), promote=False).version
+    run_id, _ = registry.start_run("fourth", digits, {}, {})
+    version = registry.register(run_id, saved(digits, tmp_path / "step-1"), promote=False).version
     folder = registry.fetch("digits-vae", version)
     (folder / "mark").touch()
     assert registry.fetch("digits-vae", version) == folder
     assert (folder / "mark").exists()
-    assert registry.describe("digits-vae", version)["run_id"] == run.id
+    assert registry.describe("digits-vae", version)["run_id"] == run_id
 
 
 def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

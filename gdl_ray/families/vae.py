@@ -72,7 +72,7 @@ class VAEConfig:
 def digits() -> Preset:
     """8x8 images: about half a minute on two CPU cores."""
     optimization = Optimization(learning_rate=2e-3, weight_decay=0.3)
-    return Preset(model=VAEConfig(), optimization=optimization, steps=1500)
+    return Preset(model=VAEConfig(), optimization=optimization, steps=1000)
 
 
 def mnist() -> Preset:

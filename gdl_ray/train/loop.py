@@ -82,7 +82,7 @@ class Report:
     metrics: Mapping[str, float]
     """Equal on all workers, but for the throughput."""
     write: Callable[[Path], None] | None
-    """Writes a checkpoint into a folder; None if this report has none, and on all workers but the first."""
+    """Writes a checkpoint into an empty folder; None if none is due. Any one worker's is that of all."""
 
 
 class Reporter(Protocol):
@@ -209,8 +209,7 @@ class Training:
         due = self.ended or self.step % self.plan.checkpoint_every == 0
         if due:
             metrics |= self._validate(dataset)
-        first = self.world.rank == 0
-        return Report(self.step, metrics, self._write if due and first else None)
+        return Report(self.step, metrics, self._write if due else None)
 
     def _metrics(self) -> dict[str, float]:
         steps = self.step - self._first

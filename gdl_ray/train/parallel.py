@@ -50,4 +50,4 @@ def distribute(family: Family, phase: str, world: World) -> nn.Module:
     if world.size == 1:
         return family
     require_grad(family, phase)
-    return DistributedDataParallel(family, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(family, forward_sync_buffers=False, gradient_as_bucket_view=True)

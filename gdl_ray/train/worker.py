@@ -3,7 +3,7 @@
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from gdl_ray.data import load
 from gdl_ray.families import build
-from gdl_ray.train.checkpoint import DamagedCheckpointError, verify
+from gdl_ray.train.checkpoint import SAMPLES_FILE, DamagedCheckpointError, verify
 from gdl_ray.train.local import progress_line
 from gdl_ray.train.loop import DivergenceError, Plan, Report, train
 from gdl_ray.train.parallel import World
@@ -41,22 +41,22 @@ def work(config: Mapping[str, Any]) -> str | None:
     """Train on this worker, from the last intact checkpoint of the run if there is one.
 
     Args:
-        config: `task`, a Task.
+        config: `task`, a Task, and `run`, the handle of an actor like `registry.Run` that logs metrics.
 
     Returns:
         Why training failed for good; None if it did not.
     """
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells every report again, at length
     task: Task = config["task"]
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(_cpus())
-    # It repeats every report in its own words.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     dataset = load(task.data, task.data_root)
     family = build(task.family, task.model, dataset.spec, task.plan.seed)
+    reporter = _Reporter(world.rank, config["run"])
     try:
         with _resume() as directory:
-            train(family, dataset, task.plan, _report, directory, world)
+            train(family, dataset, task.plan, reporter, directory, world)
     except DivergenceError as error:
         # Not raised: Ray would restart the workers, to diverge again at the same step.
         return str(error)
@@ -68,19 +68,41 @@ def _cpus() -> int:
     return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
 
 
-def _report(report: Report) -> None:
-    """Hand a report to Ray Train; waits for all workers."""
-    metrics = {"step": report.step, **report.metrics}
-    if ray.train.get_context().get_world_rank() == 0:
-        print(progress_line(report), flush=True)
-    if report.write is None:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "checkpoint"
-        report.write(directory)
-        checkpoint = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{report.step:08d}")
+class _Reporter:
+    """Prints and logs what the loop reports, and hands its checkpoints to Ray Train.
+
+    Metrics do not pass through Ray Train, whose controller collects them every two seconds and lets the
+    workers wait meanwhile.
+    """
+
+    def __init__(self, rank: int, run: Any) -> None:
+        self._rank = rank
+        self._run = run
+
+    def __call__(self, report: Report) -> None:
+        """Take a report, on every worker."""
+        picture = self._save(report, report.write) if report.write else None
+        if self._rank == 0:
+            print(progress_line(report), flush=True)
+            self._run.log.remote(report.step, dict(report.metrics), picture)
+
+    def _save(self, report: Report, write: Callable[[Path], None]) -> bytes | None:
+        """Hand over a checkpoint, which is uploaded while training goes on; returns its samples."""
+        metrics = dict(report.metrics)
+        if self._rank > 0:
+            ray.train.report(metrics)
+            return None
+        directory = Path(tempfile.mkdtemp())
+        write(directory)
+        picture = (directory / SAMPLES_FILE).read_bytes()
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(directory),
+            checkpoint_dir_name=f"step-{report.step:08d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+        return picture
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def test_defaults_are_the_preset_of_family_and_dataset() -> None:
 @pytest.mark.parametrize(
     ("arguments", "budget"),
     [
-        ([], Budget(steps=1500)),
+        ([], Budget(steps=1000)),
         (["--steps", "7"], Budget(steps=7)),
         (["--examples", "640"], Budget(steps=10)),
         (["--budget", "90s"], Budget(seconds=90)),
@@ -86,5 +86,5 @@ def test_the_parser_ends_with_the_same_exit_code(arguments: list[str]) -> None:
 def test_help_shows_every_option_with_its_default() -> None:
     command = [sys.executable, "-m", "jobs.train", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    for text in ("--data STR", "--workers INT", "--budget STR", "--model.latent INT", "(default: 1500)"):
+    for text in ("--data STR", "--workers INT", "--budget STR", "--model.latent INT", "(default: 1000)"):
         assert text in shown
