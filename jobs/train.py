@@ -238,8 +238,9 @@ def _fit(
             ),
         ),
     )
-    # Ray Train would print what workers print a second time.
+    # Ray Train would print what workers print again, and look every two seconds whether they are done.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:

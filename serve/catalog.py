@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import RedirectResponse, Response
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
@@ -126,7 +127,7 @@ def _body(request: type[BaseModel], examples: Mapping[str, Mapping[str, Any]]) -
 
 def build_app(catalog: Catalog) -> FastAPI:
     """Build the application that tells of a catalog."""
-    app = FastAPI(
+    app = FastAPIOffline(  # its documentation page works without the internet
         title="gdl_ray",
         version="1",
         description="Samples and likelihoods of deep generative models. Every error is an RFC 9457 problem.",
