@@ -33,14 +33,14 @@ test: $(STAMP) ## all tests
 
 # PyTorch first and by pip: with `pip.conf` or PIP_INDEX_URL you choose the build for your machine (CPU or CUDA), and
 # the second step keeps it. The rest is ten times faster with uv, which does not read `pip.conf`: behind a package
-# mirror that only pip knows, pip does it.
+# mirror that only pip knows, pip does it. Compiled here once, because a platform is twenty processes that import it.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: gdl_ray needs Python 3.11 or later; name one: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/pip || { echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "installing torch (the first time, a large download)"
-	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check -c constraints.txt torch uv
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt torch uv
 	@echo "installing the rest"
-	@$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[platform,dev]' \
+	@$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[platform,dev]' \
 	  || $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[platform,dev]'
 	@touch $@

@@ -69,7 +69,7 @@ def _sample(url: str) -> None:
     """Samples over HTTP with curl, or with Python where there is no curl."""
     SAMPLES.unlink(missing_ok=True)
     body = json.dumps(REQUEST)
-    command = ["curl", "-X", "POST", url, "-d", body, "-o", str(SAMPLES)]
+    command = ["curl", "-sS", "-X", "POST", url, "-d", body, "-o", str(SAMPLES)]
     failure = f"{url} did not answer with an image"
     if shutil.which("curl"):
         _run(command, failure)
