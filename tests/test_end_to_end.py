@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 from gdl_ray.client import Client, ServerProblem
 from infra import local
 from infra.local import Platform
+from infra.processes import tree
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 MODEL = "digits-vae"
+ARGUMENTS = ["vae", "--data", "digits", "--workers", "2", "--steps", "100"]
+ARGUMENTS += ["--report-every", "10", "--checkpoint-every", "50"]
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +44,20 @@ def platform() -> Iterator[Platform]:
             shutil.rmtree(home)
 
 
-def submit(platform: Platform, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def start(platform: Platform, *arguments: str) -> "subprocess.Popen[str]":
     """Run `ray job submit -- python -m jobs.train ...` as a user does."""
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.train", *arguments]
     env = os.environ | {"RAY_ADDRESS": platform.urls["ray"]}
-    return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300
-    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def submit(platform: Platform, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a job to its end."""
+    job = start(platform, *arguments)
+    output, _ = job.communicate(timeout=300)
+    return subprocess.CompletedProcess(job.args, job.returncode, output)
 
 
 def eventually(condition: Callable[[], bool], limit_s: float = 60.0) -> float:
@@ -68,11 +77,10 @@ def client(platform: Platform) -> Client:
 @pytest.fixture(scope="module")
 def trained(platform: Platform) -> str:
     """Output of the job that trained versions 1 and 2."""
-    arguments = ["vae", "--data", "digits", "--workers", "2", "--steps", "100", "--checkpoint-every", "50"]
-    first = submit(platform, *arguments, "--name", "first")
-    assert first.returncode == 0, first.stdout + first.stderr
-    second = submit(platform, *arguments, "--seed", "1")
-    assert second.returncode == 0, second.stdout + second.stderr
+    first = submit(platform, *ARGUMENTS, "--name", "first")
+    assert first.returncode == 0, first.stdout
+    second = submit(platform, *ARGUMENTS, "--seed", "1")
+    assert second.returncode == 0, second.stdout
     assert "champion stays 1" in second.stdout
     return first.stdout
 
@@ -102,7 +110,7 @@ def test_the_run_holds_curves_and_pictures(platform: Platform, trained: str) -> 
     assert run.data.tags["workers"] == "2"
     assert run.data.params["optimization.batch_size"] == "64"
     steps = [metric.step for metric in mlflow.get_metric_history(run.info.run_id, "train/loss")]
-    assert steps == [50, 100]
+    assert steps == list(range(10, 101, 10))
     assert {"validation/bits_per_dim", "test/bits_per_dim", "examples_per_s"} <= set(run.data.metrics)
     assert mlflow.list_artifacts(run.info.run_id, "images")
 
@@ -208,6 +216,29 @@ def test_what_loses_its_alias_is_withdrawn(platform: Platform, client: Client, t
         return False
 
     eventually(is_gone)
+
+
+def history(platform: Platform, name: str, metric: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric, as MLflow has them."""
+    mlflow = registry(platform)
+    (run,) = mlflow.search_runs(["1"], filter_string=f"attributes.run_name = '{name}'")
+    return [(each.step, each.value) for each in mlflow.get_metric_history(run.info.run_id, metric)]
+
+
+def test_a_killed_worker_costs_time_and_nothing_else(platform: Platform, trained: str) -> None:
+    """SIGKILL amid training: the same numbers as the run `first`, none of them logged twice."""
+    job = start(platform, *ARGUMENTS, "--name", "killed")
+    assert job.stdout
+    for line in job.stdout:
+        if "step     60" in line:  # ten steps after the checkpoint
+            workers = [p for p in tree(platform.processes["ray"]) if p.name().startswith("ray::RayTrainWork")]
+            assert len(workers) == 2
+            workers[0].kill()
+            break
+    rest, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, rest
+    for metric in ("train/loss", "validation/bits_per_dim", "test/bits_per_dim"):
+        assert history(platform, "killed", metric) == history(platform, "first", metric)
 
 
 @pytest.mark.parametrize(
