@@ -133,9 +133,12 @@ class Optimization:
         for name in ("batch_size", "learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("warmup", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        shares = {"warmup": self.warmup, "ema_decay": self.ema_decay}
+        for name, value in {**shares, "betas[0]": self.betas[0], "betas[1]": self.betas[1]}.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value} must lie in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,10 +69,11 @@ def fold(key: Tensor | int, index: Tensor | int, purpose: int = 0) -> Tensor:
         purpose: what the new keys are for, in [0, 2**31); others for another purpose.
 
     Returns:
-        int64 keys of the broadcast shape.
+        int64 keys of the broadcast shape, on the device of the arguments.
     """
-    key = torch.as_tensor(key, dtype=torch.int64)
-    count = torch.as_tensor(index, dtype=torch.int32, device=key.device)
+    device = next((given.device for given in (key, index) if isinstance(given, Tensor)), None)
+    key = torch.as_tensor(key, dtype=torch.int64, device=device)
+    count = torch.as_tensor(index, dtype=torch.int32, device=device)
     # Noise streams count up from 0 in the second word, so derived keys count down from -1.
     below = torch.full_like(count, -1 - purpose)
     high, low = threefry(*_words(key), count, below)

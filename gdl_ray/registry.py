@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from mlflow.models import ModelSignature, set_model
 from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 from PIL import Image
+from requests import RequestException
 
 from gdl_ray.data import Dataset
 from gdl_ray.engine import request_keys
@@ -68,6 +70,9 @@ __all__ = [
 
 CHAMPION = "champion"
 """Alias of the version that is served."""
+
+SCORES = ("validation/", "test/")
+"""Beginnings of the names of the scores that are written on a version."""
 
 SAMPLES = "samples"
 """Key under which every run logs its sample grids."""
@@ -101,7 +106,7 @@ def check() -> None:
     """
     uri = tracking_uri()
     try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=5):  # noqa: S310  (the user's own address)
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):  # noqa: S310  (the user's own address)
             pass
     except (OSError, ValueError) as error:
         raise RegistryUnavailable(
@@ -120,12 +125,24 @@ def start_run(
 ) -> tuple[str, str]:
     """Start a run in the experiment of its dataset; returns its id, and the address of its page."""
     client = MlflowClient(tracking_uri())
-    found = client.get_experiment_by_name(dataset.spec.name)
-    experiment = found.experiment_id if found else client.create_experiment(dataset.spec.name)
+    experiment = _experiment(client, dataset.spec.name)
     run_id: str = client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
     client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
     client.log_inputs(run_id, [_describe_data(dataset)])
     return run_id, f"{tracking_uri()}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    """Find or make an experiment; returns its id."""
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except RestException:  # another job was faster
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
 
 
 def _describe_data(dataset: Dataset) -> DatasetInput:
@@ -144,53 +161,72 @@ class Run:
 
     Every report has its step, and a step that was logged is not logged again: what a restarted worker repeats
     is dropped. While the server is away, reports wait.
+
+    Args:
+        run_id: of a run that was started.
+        uri: address of the MLflow server.
     """
 
-    def __init__(self, run_id: str) -> None:
-        self._client = MlflowClient(tracking_uri())
+    def __init__(self, run_id: str, uri: str) -> None:
+        self._client = MlflowClient(uri)
         self._id = run_id
         self._last_step = -1
+        self._lost = 0
 
     def log(self, step: int, metrics: Mapping[str, float], samples_png: bytes | None = None) -> None:
         """Log the metrics, and perhaps a sample grid, of one step."""
         if step <= self._last_step:
             return
-        self._log_metrics(step, metrics)
-        if samples_png:
-            image = Image.open(io.BytesIO(samples_png))
-            _persist(
-                lambda: self._client.log_image(self._id, image, key=SAMPLES, step=step, synchronous=True)
-            )
         self._last_step = step
+        try:
+            self._log_metrics(step, metrics)
+            if samples_png:
+                picture = Image.open(io.BytesIO(samples_png))
+                log = partial(self._client.log_image, self._id, picture, key=SAMPLES, step=step)
+                _persist(partial(log, synchronous=True))
+        except (MlflowException, RequestException):
+            logging.getLogger(__name__).exception("the report of step %d could not be logged", step)
+            self._lost += 1
 
     def log_final(self, metrics: Mapping[str, float]) -> None:
         """Log metrics of the finished model, at the last step."""
         self._log_metrics(max(self._last_step, 0), metrics)
 
-    def finish(self, status: str = "FINISHED") -> None:
-        """End the run; `status` is FINISHED, FAILED or KILLED."""
-        _persist(lambda: self._client.set_terminated(self._id, status))
+    def finish(self, status: str = "FINISHED") -> int:
+        """End the run; returns how many reports could not be logged.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+        """
+        _persist(partial(self._client.set_terminated, self._id, status))
+        return self._lost
 
     def _log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         now_ms = int(time.time() * 1000)
         batch = [Metric(key, value, now_ms, step) for key, value in metrics.items()]
-        _persist(lambda: self._client.log_batch(self._id, metrics=batch))
+        _persist(partial(self._client.log_batch, self._id, metrics=batch))
 
 
 def _persist(call: Callable[[], Any]) -> None:
-    """Repeat a call until the server answers; an answer that refuses it is raised."""
+    """Repeat a call until the server answers, for ten minutes; a refusal is raised at once."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
             call()
-        except RestException:
-            raise
-        except MlflowException:
-            if time.monotonic() > deadline:
+        except (MlflowException, RequestException, RegistryUnavailable) as error:
+            if _is_refusal(error) or time.monotonic() > deadline:
                 raise
             time.sleep(2)
         else:
             return
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the server answered that it will not do it, rather than that it cannot now."""
+    if not isinstance(error, RestException):
+        return False
+    status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
+    return 400 <= status < 500 and status != 429
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,18 +241,34 @@ class Version:
     """Address of its page."""
 
 
-def register(run_id: str, directory: Path, promote: bool) -> Version:
+def register(run_id: str, directory: Path, promote: bool, scores: Mapping[str, float]) -> Version:
     """Register the model of a checkpoint as a new version.
 
     Args:
         run_id: the run that trained it.
         directory: the checkpoint.
         promote: make it the champion, even if there is one.
+        scores: what the model was measured to be; written on the version.
     """
+    _persist(check)
     family = checkpoint.load_family(directory)
     name = model_name(family.spec.name, key_of(family))
     mlflow.set_tracking_uri(tracking_uri())
-    with tempfile.TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
+    with mlflow.start_run(run_id=run_id):
+        version = _log_version(name, family, directory)
+    client = MlflowClient(tracking_uri())
+    for key, value in scores.items():
+        client.set_model_version_tag(name, str(version), key, repr(value))
+    champion = client.get_registered_model(name).aliases.get(CHAMPION)
+    if promote or champion is None:
+        client.set_registered_model_alias(name, CHAMPION, str(version))
+        champion = version
+    return Version(name, version, int(champion), f"{tracking_uri()}/#/models/{name}/versions/{version}")
+
+
+def _log_version(name: str, family: Family, directory: Path) -> int:
+    """Log the files that serving needs, and the code that reads them, as a version; returns its number."""
+    with tempfile.TemporaryDirectory() as scratch:
         served = Path(scratch) / "checkpoint"
         served.mkdir()
         for file in (*checkpoint.MODEL_FILES, "manifest.json"):
@@ -231,13 +283,7 @@ def register(run_id: str, directory: Path, promote: bool) -> Version:
             input_example=(pd.DataFrame({"label": [UNLABELLED] * 4}), {"seed": 7}),
             registered_model_name=name,
         )
-    version = int(info.registered_model_version)
-    client = MlflowClient(tracking_uri())
-    champion = client.get_registered_model(name).aliases.get(CHAMPION)
-    if promote or champion is None:
-        client.set_registered_model_alias(name, CHAMPION, str(version))
-        champion = version
-    return Version(name, version, int(champion), f"{tracking_uri()}/#/models/{name}/versions/{version}")
+    return int(info.registered_model_version)
 
 
 def signature(family: Family) -> ModelSignature:
@@ -302,11 +348,14 @@ def champions() -> dict[str, int]:
 
 
 def describe(name: str, version: int) -> dict[str, Any]:
-    """Look up what the registry knows of a version: its run, that run's last metrics, when it was made."""
-    client = MlflowClient(tracking_uri())
-    found = _ask(client.get_model_version, name, str(version))
-    run = _ask(client.get_run, found.run_id)
-    return {"run_id": found.run_id, "created_ms": found.creation_timestamp, "metrics": dict(run.data.metrics)}
+    """Look up what the registry knows of a version: its run, when it was made, and its scores.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    found = _ask(MlflowClient(tracking_uri()).get_model_version, name, str(version))
+    scores = {key: float(value) for key, value in found.tags.items() if key.startswith(SCORES)}
+    return {"run_id": found.run_id, "created_ms": found.creation_timestamp, "metrics": scores}
 
 
 def fetch(name: str, version: int) -> Path:
@@ -319,7 +368,7 @@ def fetch(name: str, version: int) -> Path:
     found = _ask(client.get_model_version, name, str(version))
     # The run tells versions of the same number apart after a registry was made anew.
     folder = home() / "models" / name / f"{version}-{found.run_id}"
-    if not folder.exists():
+    if not _is_intact(folder):
         uri = f"models:/{name}/{version}/artifacts/checkpoint"
         with made_whole(folder) as new, tempfile.TemporaryDirectory() as scratch:
             there = _ask(
@@ -329,10 +378,18 @@ def fetch(name: str, version: int) -> Path:
     return folder
 
 
+def _is_intact(folder: Path) -> bool:
+    try:
+        checkpoint.verify(folder, checkpoint.MODEL_FILES)
+    except checkpoint.DamagedCheckpointError:
+        return False
+    return True
+
+
 def _ask(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return call(*args, **kwargs)
-    except RestException:
-        raise
     except MlflowException as error:
+        if _is_refusal(error):
+            raise
         raise RegistryUnavailable(f"no MLflow server answers at {tracking_uri()}: {error}") from error

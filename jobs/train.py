@@ -6,6 +6,8 @@ ray job submit --working-dir . -- python -m jobs.train vae --data digits --worke
 import logging
 import os
 import re
+import secrets
+import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -102,7 +104,9 @@ def parse(arguments: Sequence[str]) -> Options[Any]:
     Raises:
         UsageError: if family or dataset are unknown.
     """
-    family = next((word for word in arguments if word in FAMILIES), next(iter(FAMILIES)))
+    pairs = zip(["", *arguments], arguments, strict=False)
+    words = [word for before, word in pairs if word in FAMILIES and before != "--name"]
+    family = words[0] if words else next(iter(FAMILIES))
     known = ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--data", default="digits")
     data = known.parse_known_args(arguments)[0].data
@@ -134,7 +138,11 @@ def check(options: Options[Any]) -> tuple[Plan, Dataset]:
         UsageError: naming the option, its value and the cure.
     """
     plan = _plan(options)
-    if options.workers < 1 or plan.optimization.batch_size % options.workers:
+    for name, least in (("workers", 1), ("cpus", 1), ("max_failures", 0)):
+        if getattr(options, name) < least:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {getattr(options, name)} must be at least {least}")
+    if plan.optimization.batch_size % options.workers:
         raise UsageError(
             f"--workers {options.workers} does not divide --optimization.batch-size "
             f"{plan.optimization.batch_size}: make the batch a multiple of the workers"
@@ -182,37 +190,51 @@ def _budget(options: Options[Any]) -> Budget:
 
 
 def _check_cluster(options: Options[Any]) -> None:
-    ray.init(logging_level=logging.WARNING)
-    held = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    try:
+        ray.init(logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise UsageError(f"no Ray cluster answers at RAY_ADDRESS ({error}); `python -m infra up`") from error
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     for resource, each in options.resources.items():
-        needed = each * options.workers
-        if needed > held.get(resource, 0):
+        room = sum(int(node.get(resource, 0) // each) for node in nodes)
+        if room < options.workers:
             raise UsageError(
-                f"--workers {options.workers} need {needed:g} {resource} and the cluster has "
-                f"{held.get(resource, 0):g}: ask for fewer workers, or add nodes"
+                f"--workers {options.workers} need {each} {resource} each, and the cluster has room for "
+                f"{room} such workers: ask for fewer or smaller ones, or add nodes"
             )
 
 
 def run(options: Options[Any], plan: Plan, dataset: Dataset) -> int:
     """Train, evaluate on the test split once, register; returns the exit code."""
-    name = options.name or f"{options.family}-{options.data}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    name = options.name or _new_name(options)
     run_id, page = registry.start_run(name, dataset, _params(options), _tags(options, dataset))
     print(f"jobs.train: run {name}, {page}", flush=True)
     actor: Any = ray.remote(num_cpus=0)(registry.Run)
-    tracked = actor.remote(run_id)
+    tracked = actor.remote(run_id, registry.tracking_uri())
     try:
         best, metrics = _fit(options, plan, name, tracked)
+        print(f"jobs.train: the best checkpoint is {best.path}", flush=True)
+        with best.as_directory() as directory:
+            scores = {SCORE: metrics[SCORE]} if SCORE in metrics else {}
+            scores |= _test_scores(Path(directory), dataset)
+            ray.get(tracked.log_final.remote(scores))
+            version = registry.register(run_id, Path(directory), options.promote, scores)
     except TrainingError as error:
         ray.get(tracked.finish.remote("FAILED"))
         print(f"jobs.train: {error}", file=sys.stderr)
         return 1
-    with best.as_directory() as directory:
-        scores = _test_scores(Path(directory), dataset)
-        ray.get(tracked.log_final.remote(scores))
-        version = registry.register(run_id, Path(directory), options.promote)
-    ray.get(tracked.finish.remote())
-    print(_summary(version, metrics | scores))
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        ray.get(tracked.finish.remote("KILLED" if stopped else "FAILED"))
+        raise
+    lost = ray.get(tracked.finish.remote())
+    print(_summary(version, scores) + (f"\n  {lost} reports could not be logged" if lost else ""))
     return 0
+
+
+def _new_name(options: Options[Any]) -> str:
+    """Make a name that no other run has, also of those started in the same second."""
+    return f"{options.family}-{options.data}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def _fit(
@@ -234,7 +256,11 @@ def _fit(
             failure_config=FailureConfig(max_failures=options.max_failures),
             # The last one, to go on from, is kept beside the best, to register.
             checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
+                num_to_keep=2,
+                checkpoint_score_attribute=SCORE
+                if issubclass(FAMILIES[options.family], Likelihood)
+                else None,
+                checkpoint_score_order="min",
             ),
         ),
     )
@@ -247,10 +273,9 @@ def _fit(
         raise TrainingError(str(error)) from error
     if result.return_value:
         raise TrainingError(result.return_value)
-    best: tuple[ray.train.Checkpoint, dict[str, float]] = min(
-        result.best_checkpoints or [], key=lambda saved: saved[1][SCORE]
-    )
-    return best
+    # Without a score, Ray keeps them in the order of time, and the last one is the best.
+    saved: list[tuple[ray.train.Checkpoint, dict[str, float]]] = result.best_checkpoints
+    return min(reversed(saved), key=lambda each: each[1].get(SCORE, 0.0))
 
 
 def _test_scores(directory: Path, dataset: Dataset) -> dict[str, float]:
@@ -261,10 +286,14 @@ def _test_scores(directory: Path, dataset: Dataset) -> dict[str, float]:
     batches = evaluation_batches(dataset.splits["test"], batch_size=_TEST_BATCH)
     nats = log_likelihood(model, (batch.unlabelled() for batch in batches))
     return {
-        "test/nats": -nats.mean,
+        "test/negative_log_likelihood_nats": -nats.mean,
         "test/bits_per_dim": -dataset.spec.bits_per_dim(nats.mean),
         "test/bits_per_dim_standard_error": dataset.spec.bits_per_dim(nats.standard_error),
     }
+
+
+def _has_likelihood(options: Options[Any]) -> bool:
+    return issubclass(FAMILIES[options.family], Likelihood)
 
 
 def _params(options: Options[Any]) -> dict[str, str]:
@@ -304,6 +333,7 @@ def main(arguments: Sequence[str]) -> int:
     except UsageError as error:
         print(f"jobs.train: {error}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop`: let the run be told
     return run(options, plan, dataset)
 
 

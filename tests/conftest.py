@@ -1,12 +1,14 @@
 """Fixtures that several parts share."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,19 +51,28 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server; its address."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"http://127.0.0.1:{free_port()}"
+    with mlflow_on(free_port(), tmp_path_factory.mktemp("mlflow")) as uri:
+        yield uri
+
+
+@contextmanager
+def mlflow_on(port: int, folder: Path) -> Iterator[str]:
+    """Run an MLflow server on a port, with its data in a folder."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    command += ["--port", uri.rpartition(":")[2], "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "log").open("w") as log:
+    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    uri = f"http://127.0.0.1:{port}"
+    with (folder / "log").open("a") as log:
         # A group of its own: the server has children, and the test ends them all.
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=folder, env=env, start_new_session=True
+        )
     try:
         _wait_for(f"{uri}/health", server)
         yield uri
     finally:
-        os.killpg(server.pid, 15)
+        os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 

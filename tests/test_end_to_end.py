@@ -244,8 +244,8 @@ def test_a_killed_worker_costs_time_and_nothing_else(platform: Platform, trained
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["vae", "--workers", "64"], "--workers 64 need 64 CPU and the cluster has"),
-        (["vae", "--gpu"], "need 1 GPU and the cluster has 0"),
+        (["vae", "--workers", "64"], "--workers 64 need 1 CPU each, and the cluster has room for"),
+        (["vae", "--gpu"], "need 1 GPU each, and the cluster has room for 0 such workers"),
     ],
 )
 def test_a_cluster_without_the_resources_is_named(

@@ -84,3 +84,10 @@ def test_fold_derives_keys_that_do_not_collide() -> None:
     keys = torch.stack([fold(KEYS, number, purpose) for number in range(50) for purpose in range(2)])
     assert len(set(keys.flatten().tolist())) == keys.numel()
     assert torch.equal(fold(7, torch.arange(3)), torch.stack([fold(7, i) for i in range(3)]))
+
+
+def test_keys_stay_on_the_device_of_their_arguments() -> None:
+    elsewhere = torch.device("meta")
+    assert fold(0, torch.arange(3, device=elsewhere)).device == elsewhere
+    assert fold(torch.zeros(3, dtype=torch.int64, device=elsewhere), 1).device == elsewhere
+    assert normal(torch.zeros(3, dtype=torch.int64, device=elsewhere), (2,)).device == elsewhere

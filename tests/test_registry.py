@@ -1,6 +1,9 @@
 """Runs and versions on a real MLflow server, read back by MLflow's own client."""
 
 import os
+import sys
+import threading
+import time
 from pathlib import Path
 
 import mlflow
@@ -18,8 +21,10 @@ from gdl_ray.families import build, preset
 from gdl_ray.family import UNLABELLED
 from gdl_ray.train import checkpoint
 from gdl_ray.train.loop import sample_grid
+from tests.conftest import free_port, mlflow_on
 
 pytestmark = pytest.mark.slow
+SCORES = {"validation/bits_per_dim": 1.91, "test/bits_per_dim": 1.93}
 
 
 @pytest.fixture
@@ -35,16 +40,20 @@ def saved(digits: Dataset, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def register(run_id: str, directory: Path, promote: bool) -> registry.Version:
+    return registry.register(run_id, directory, promote, SCORES)
+
+
 def test_a_run_holds_what_compares_it(client: MlflowClient, digits: Dataset) -> None:
     run_id, page = registry.start_run("first", digits, {"model.latent": "16"}, {"family": "vae"})
     assert run_id in page
-    run = registry.Run(run_id)
+    run = registry.Run(run_id, os.environ["MLFLOW_TRACKING_URI"])
     grid = sample_grid(build("vae", preset("vae", "digits").model, digits.spec))
     run.log(50, {"train/loss": 3.0}, grid)
     run.log(100, {"train/loss": 2.0})
     run.log(50, {"train/loss": 3.0}, grid)  # what a restarted worker repeats
     run.log_final({"test/bits_per_dim": 1.9})
-    run.finish()
+    assert run.finish() == 0
     found = client.get_run(run_id)
     assert client.get_experiment(found.info.experiment_id).name == "digits"
     assert (found.info.run_name, found.info.status) == ("first", "FINISHED")
@@ -60,14 +69,19 @@ def test_a_run_holds_what_compares_it(client: MlflowClient, digits: Dataset) -> 
     assert all("samples" in path for path in pictures)
 
 
-def test_a_version_is_served_by_mlflow_itself(client: MlflowClient, digits: Dataset, tmp_path: Path) -> None:
+def test_a_version_is_served_by_mlflow_itself(
+    client: MlflowClient, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow adds the code of a version that it loads
     run_id, _ = registry.start_run("second", digits, {}, {})
     directory = saved(digits, tmp_path / "step-1")
-    first = registry.register(run_id, directory, promote=False)
+    first = register(run_id, directory, promote=False)
     assert (first.name, first.champion) == ("digits-vae", first.version)
-    second = registry.register(run_id, saved(digits, tmp_path / "step-2", seed=1), promote=False)
+    second = registry.register(
+        run_id, saved(digits, tmp_path / "step-2", seed=1), promote=False, scores=SCORES
+    )
     assert second.champion == first.version
-    third = registry.register(run_id, directory, promote=True)
+    third = register(run_id, directory, promote=True)
     assert third.champion == third.version
     assert registry.champions() == {"digits-vae": third.version}
 
@@ -97,7 +111,7 @@ def test_a_version_is_served_by_mlflow_itself(client: MlflowClient, digits: Data
 
 def test_a_version_holds_no_pickle(client: MlflowClient, digits: Dataset, tmp_path: Path) -> None:
     run_id, _ = registry.start_run("third", digits, {}, {})
-    version = registry.register(run_id, saved(digits, tmp_path / "step-1"), promote=False)
+    version = register(run_id, saved(digits, tmp_path / "step-1"), promote=False)
     uri = f"models:/digits-vae/{version.version}"
     folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "all")))
     assert not [path for path in folder.rglob("*") if path.suffix in {".pkl", ".pickle", ".pt", ".bin"}]
@@ -107,12 +121,17 @@ def test_a_version_holds_no_pickle(client: MlflowClient, digits: Dataset, tmp_pa
 
 def test_a_version_is_fetched_once(client: MlflowClient, digits: Dataset, tmp_path: Path) -> None:
     run_id, _ = registry.start_run("fourth", digits, {}, {})
-    version = registry.register(run_id, saved(digits, tmp_path / "step-1"), promote=False).version
+    version = registry.register(
+        run_id, saved(digits, tmp_path / "step-1"), promote=False, scores=SCORES
+    ).version
     folder = registry.fetch("digits-vae", version)
     (folder / "mark").touch()
     assert registry.fetch("digits-vae", version) == folder
     assert (folder / "mark").exists()
-    assert registry.describe("digits-vae", version)["run_id"] == run_id
+    described = registry.describe("digits-vae", version)
+    assert (described["run_id"], described["metrics"]) == (run_id, SCORES)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    checkpoint.load_family(registry.fetch("digits-vae", version))
 
 
 def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,3 +143,34 @@ def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(registry.RegistryUnavailable, match="is not set"):
         registry.check()
+
+
+def test_reports_wait_for_a_server_that_is_away(digits: Dataset, tmp_path: Path) -> None:
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    with mlflow_on(port, tmp_path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", uri)
+            run_id, _ = registry.start_run("patient", digits, {}, {})
+        run = registry.Run(run_id, uri)
+        run.log(1, {"train/loss": 1.0})
+
+    def log() -> None:
+        for step in (2, 3):
+            run.log(step, {"train/loss": 1 / step})
+
+    logging = threading.Thread(target=log)
+    logging.start()
+    time.sleep(1)
+    assert logging.is_alive()
+    with mlflow_on(port, tmp_path):
+        logging.join(timeout=60)
+        assert run.finish() == 0
+        history = MlflowClient(uri).get_metric_history(run_id, "train/loss")
+    assert [(each.step, each.value) for each in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_what_the_server_refuses_is_counted(client: MlflowClient) -> None:
+    run = registry.Run("0" * 32, os.environ["MLFLOW_TRACKING_URI"])
+    run.log(1, {"train/loss": 1.0})
+    assert run._lost == 1

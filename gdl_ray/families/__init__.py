@@ -13,7 +13,7 @@ FAMILIES: Mapping[str, type[Family]] = {"vae": VAE}
 
 def key_of(family: Family) -> str:
     """Look up the name of a family."""
-    return next(key for key, kind in FAMILIES.items() if type(family) is kind)
+    return {kind: key for key, kind in FAMILIES.items()}[type(family)]
 
 
 def build(key: str, config: Any, spec: DataSpec, seed: int = 0) -> Family:

@@ -138,7 +138,7 @@ class VAE(Family, Likelihood, Latent):
 
     @torch.no_grad()
     def decode(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Find the mean of p(x | z, y), rounded to levels."""
+        """Find the middle of p(x | z, y): the level at the location of each pixel's logistic."""
         return logistic.quantize(self._pixels(z, labels)[0], self.spec.levels)
 
     def sampler(self) -> Sampler:

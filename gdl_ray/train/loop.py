@@ -67,7 +67,10 @@ class Plan:
     """Training ends after so many validations in a row without a better one."""
 
     def __post_init__(self) -> None:
-        if self.report_every < 1 or self.checkpoint_every % self.report_every:
+        for name in ("report_every", "checkpoint_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.checkpoint_every % self.report_every:
             raise ValueError(
                 f"checkpoint_every={self.checkpoint_every} must be a multiple of "
                 f"report_every={self.report_every}"
@@ -80,7 +83,7 @@ class Report:
 
     step: int
     metrics: Mapping[str, float]
-    """Equal on all workers, but for the throughput."""
+    """Equal on all workers, but for what their clocks say."""
     write: Callable[[Path], None] | None
     """Writes a checkpoint into an empty folder; None if none is due. Any one worker's is that of all."""
 
@@ -138,8 +141,9 @@ def train(
         )
         training.advance(batch.to(world.device))
         if training.step % plan.report_every == 0 or training.ended:
+            metrics = training.read_metrics()  # on the clock: it waits for the steps to be done
             with training.clock.stopped():
-                report(training.summarize(dataset))
+                report(training.summarize(metrics, dataset))
 
 
 class Training:
@@ -154,11 +158,11 @@ class Training:
         self.best = math.inf
         self.stale = 0  # validations since the best one
         self.ended = False
+        self.clock = Stopwatch()
         self._modules = {phase: distribute(family, phase, world) for phase in family.phases}
         self._optimizers = {phase: _optimizer(family, phase, plan.optimization) for phase in family.phases}
         self._sums: dict[str, Tensor] = {}  # of metrics since the last report
-        self._first = 0  # step after the last report
-        self.clock = Stopwatch()
+        self._first = 0  # step of the last report
         self._progress = 0.0
 
     def advance(self, batch: Batch) -> None:
@@ -194,6 +198,8 @@ class Training:
         # A young average must not remember the random weights it started from.
         decay = min(self.plan.optimization.ema_decay, self.step / (self.step + 10))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.family.parameters()), 1 - decay)
+        for mine, trained in zip(self.average.buffers(), self.family.buffers(), strict=True):
+            mine.copy_(trained)
 
     def _update_progress(self) -> None:
         budget = self.plan.budget
@@ -203,35 +209,40 @@ class Training:
             self._progress = self.world.from_first(self.clock.seconds) / budget.seconds
         self.ended = self._progress >= 1
 
-    def summarize(self, dataset: Dataset) -> Report:
-        """Read the metrics since the last summary; validate and offer a checkpoint when one is due."""
-        metrics = self._metrics()
+    def summarize(self, metrics: dict[str, float], dataset: Dataset) -> Report:
+        """Report metrics; validate and offer a checkpoint when one is due."""
         due = self.ended or self.step % self.plan.checkpoint_every == 0
         if due:
             metrics |= self._validate(dataset)
         return Report(self.step, metrics, self._write if due else None)
 
-    def _metrics(self) -> dict[str, float]:
+    def read_metrics(self) -> dict[str, float]:
+        """Average the metrics since the last reading, over steps and workers."""
         steps = self.step - self._first
         sums = self.world.sum(torch.stack([value.double() for value in self._sums.values()]))
         values = (sums / (steps * self.world.size)).tolist()
         metrics = dict(zip(self._sums, values, strict=True))
         for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise DivergenceError(
-                    f"{name} is {value} within steps {self._first + 1} to {self.step}: training diverged; "
-                    f"lower --optimization.learning-rate (now {self.plan.optimization.learning_rate:g}) or "
-                    f"--optimization.clip-norm (now {self.plan.optimization.clip_norm:g})"
-                )
+            self._check_finite(name, value)
         rate = steps * self.plan.optimization.batch_size / self.clock.lap()
         self._sums, self._first = {}, self.step
         return metrics | {"progress": self._progress, "seconds": self.clock.seconds, "examples_per_s": rate}
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            optimization = self.plan.optimization
+            raise DivergenceError(
+                f"{name} is {value} within steps {self._first + 1} to {self.step}: training diverged; "
+                f"lower --optimization.learning-rate (now {optimization.learning_rate:g}) or "
+                f"--optimization.clip-norm (now {optimization.clip_norm:g})"
+            )
 
     def _validate(self, dataset: Dataset) -> dict[str, float]:
         if not isinstance(self.average, Likelihood):
             return {}
         nats = validation_nats(self.average, dataset.splits["validation"], self.world)
         score = -dataset.spec.bits_per_dim(nats.mean)
+        self._check_finite(SCORE, score)
         self.stale = 0 if score < self.best else self.stale + 1
         self.best = min(score, self.best)
         self.ended = self.ended or self.stale >= self.plan.patience
@@ -320,7 +331,7 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         """Seconds counted so far."""
-        return self._counted + (time.perf_counter() - self._since if self._since else 0.0)
+        return self._counted + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def lap(self) -> float:
         """Seconds counted since the last lap."""
@@ -332,5 +343,7 @@ class Stopwatch:
     def stopped(self) -> Iterator[None]:
         """Count nothing meanwhile."""
         self._counted, self._since = self.seconds, None
-        yield
-        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()

@@ -1,6 +1,8 @@
 """The training loop under Ray Train: what each worker of a job runs."""
 
 import logging
+import secrets
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +22,8 @@ from gdl_ray.train.checkpoint import SAMPLES_FILE, DamagedCheckpointError, verif
 from gdl_ray.train.local import progress_line
 from gdl_ray.train.loop import DivergenceError, Plan, Report, train
 from gdl_ray.train.parallel import World
+
+_STEP = "step"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,17 +92,22 @@ class _Reporter:
 
     def _save(self, report: Report, write: Callable[[Path], None]) -> bytes | None:
         """Hand over a checkpoint, which is uploaded while training goes on; returns its samples."""
-        metrics = dict(report.metrics)
+        metrics = {_STEP: report.step, **report.metrics}
         if self._rank > 0:
             ray.train.report(metrics)
             return None
-        directory = Path(tempfile.mkdtemp())
-        write(directory)
-        picture = (directory / SAMPLES_FILE).read_bytes()
+        directory = Path(tempfile.mkdtemp(prefix="gdl-ray-"))
+        try:
+            write(directory)
+            picture = (directory / SAMPLES_FILE).read_bytes()
+        except BaseException:
+            shutil.rmtree(directory)
+            raise
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint.from_directory(directory),
-            checkpoint_dir_name=f"step-{report.step:08d}",
+            # A step that is repeated after a failure is another folder, lest pruning the old one takes both.
+            checkpoint_dir_name=f"step-{report.step:08d}-{secrets.token_hex(3)}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
@@ -108,7 +117,9 @@ class _Reporter:
 @contextmanager
 def _resume() -> Iterator[Path | None]:
     """Open the last checkpoint of this run that is whole, if there is one; says which ones are not."""
-    for reported in reversed(ray.train.get_all_reported_checkpoints()):
+    # Ray Train lists them by score.
+    known = ray.train.get_all_reported_checkpoints()
+    for reported in sorted(known, key=lambda reported: reported.metrics[_STEP], reverse=True):
         with reported.checkpoint.as_directory() as directory:
             try:
                 verify(Path(directory))

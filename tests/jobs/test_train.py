@@ -49,7 +49,11 @@ def test_budgets_are_steps_examples_or_time(arguments: list[str], budget: Budget
         (["vea"], "unknown family 'vea': choose from vae"),
         (["vae", "--data", "digit"], "unknown dataset --data digit: choose from digits, mnist"),
         (["vae", "--workers", "3"], "--workers 3 does not divide --optimization.batch-size 64"),
-        (["vae", "--workers", "0"], "--workers 0"),
+        (["vae", "--workers", "0"], "--workers 0 must be at least 1"),
+        (["vae", "--cpus", "0"], "--cpus 0 must be at least 1"),
+        (["vae", "--max-failures", "-1"], "--max-failures -1 must be at least 0"),
+        (["vae", "--checkpoint-every", "0"], "checkpoint_every=0 must be at least 1"),
+        (["vae", "--patience", "0"], "patience=0 must be at least 1"),
         (["vae", "--budget", "60"], "--budget '60': write a time as 60s, 10min or 2h"),
         (["vae", "--budget", "60s", "--examples", "9"], "--budget and --examples both"),
         (["vae", "--steps", "-1"], "--steps -1, --examples 0: write numbers above 0"),
@@ -74,7 +78,14 @@ def test_a_name_is_used_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["vae", "--model.latent", "0"], ["vae", "--modle.latent", "3"], ["vae", "--steps", "x"]]
+    "arguments",
+    [
+        ["vae", "--model.latent", "0"],
+        ["vae", "--modle.latent", "3"],
+        ["vae", "--steps", "x"],
+        ["vae", "--optimization.betas", "0.9", "1"],
+        ["vae", "--optimization.weight-decay", "-1"],
+    ],
 )
 def test_the_parser_ends_with_the_same_exit_code(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
