@@ -215,9 +215,9 @@ def run(options: Options[Any], plan: Plan, dataset: Dataset) -> int:
         best, metrics = _fit(options, plan, name, tracked)
         print(f"jobs.train: the best checkpoint is {best.path}", flush=True)
         with best.as_directory() as directory:
-            scores = {SCORE: metrics[SCORE]} if SCORE in metrics else {}
-            scores |= _test_scores(Path(directory), dataset)
+            scores = _test_scores(Path(directory), dataset)
             ray.get(tracked.log_final.remote(scores))
+            scores |= {SCORE: metrics[SCORE]} if SCORE in metrics else {}
             version = registry.register(run_id, Path(directory), options.promote, scores)
     except TrainingError as error:
         ray.get(tracked.finish.remote("FAILED"))
