@@ -89,8 +89,14 @@ def _blocks(key: Tensor, count: int, stream: Tensor | int) -> tuple[Tensor, Tens
 
 
 def _unit(words: Tensor) -> Tensor:
-    """Map int32 words to float32 on the centres of 2**23 bins of (0, 1); overwrites `words`."""
-    return words.bitwise_right_shift_(9).to(torch.float32).add_(2**22 + 0.5).mul_(2.0**-23)
+    """Map int32 words to float32 on the centres of 2**23 bins of (0, 1), exactly; overwrites `words`."""
+    return (words.bitwise_right_shift_(9) * 2.0**-23).add_(0.5 + 2.0**-24)
+
+
+def _interleave(first: Tensor, second: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Lay the two draws of each block side by side: float32 (B, *shape)."""
+    pairs = torch.view_as_real(torch.complex(first, second)).flatten(1)  # the fastest of many ways
+    return pairs[:, : math.prod(shape)].reshape(len(first), *shape)
 
 
 def uniform(key: Tensor, shape: tuple[int, ...], stream: Tensor | int = 0) -> Tensor:
@@ -104,12 +110,8 @@ def uniform(key: Tensor, shape: tuple[int, ...], stream: Tensor | int = 0) -> Te
     Returns:
         float32 of shape (B, *shape), in the open interval (0, 1).
     """
-    count = math.prod(shape)
-    first, second = _blocks(key, count, stream)
-    pair = torch.empty(*first.shape, 2, device=key.device)
-    pair[..., 0] = _unit(first)
-    pair[..., 1] = _unit(second)
-    return pair.view(len(key), -1)[:, :count].reshape(len(key), *shape)
+    first, second = _blocks(key, math.prod(shape), stream)
+    return _interleave(_unit(first), _unit(second), shape)
 
 
 def normal(key: Tensor, shape: tuple[int, ...], stream: Tensor | int = 0) -> Tensor:
@@ -118,11 +120,7 @@ def normal(key: Tensor, shape: tuple[int, ...], stream: Tensor | int = 0) -> Ten
     Returns:
         float32 of shape (B, *shape), in about (-5.8, 5.8).
     """
-    count = math.prod(shape)
-    first, second = _blocks(key, count, stream)
-    angle = second.to(torch.float32).mul_(math.pi * 2.0**-31)
+    first, second = _blocks(key, math.prod(shape), stream)
+    angle = second * (math.pi * 2.0**-31)
     radius = _unit(first).log_().mul_(-2).sqrt_()
-    pair = torch.empty(*radius.shape, 2, device=key.device)
-    torch.mul(angle.cos(), radius, out=pair[..., 0])
-    torch.mul(angle.sin_(), radius, out=pair[..., 1])
-    return pair.view(len(key), -1)[:, :count].reshape(len(key), *shape)
+    return _interleave(angle.cos().mul_(radius), angle.sin_().mul_(radius), shape)
