@@ -20,22 +20,26 @@ from torch import Tensor
 from gdl_ray.family import UNLABELLED, Family, State
 from gdl_ray.random import fold
 
+SAMPLES, LIKELIHOOD = 0, 1
+"""What the noise of a request is for: a bound on the likelihood of samples needs noise of its own."""
+
 
 class QueueFull(Exception):  # noqa: N818  (as queue.Full: it says what is so)
     """More samples wait than the engine was told to hold; try again later."""
 
 
-def request_keys(seed: int, n: int) -> Tensor:
+def request_keys(seed: int, n: int, purpose: int = SAMPLES) -> Tensor:
     """Derive the noise keys of a request, so that (model version, seed, label) decides its samples.
 
     Args:
         seed: in [0, 2**53 - 1]: the integers that JSON numbers hold exactly.
         n: number of keys; the keys of a smaller n are the first of a larger.
+        purpose: SAMPLES or LIKELIHOOD; keys for one are independent of those for the other.
 
     Returns:
         int64 (n,).
     """
-    return fold(seed, torch.arange(n))
+    return fold(seed, torch.arange(n), purpose)
 
 
 @dataclass(eq=False, slots=True)
@@ -124,10 +128,14 @@ class Engine:
         Raises:
             QueueFull: the samples do not fit into the queue.
             RuntimeError: the engine is closed.
-            ValueError: there are no labels.
+            ValueError: the seed or the labels are not as described.
         """
+        if not 0 <= seed < 2**53:
+            raise ValueError(f"seed={seed} must lie in [0, 2**53 - 1]")
         if labels.dim() != 1 or len(labels) == 0:
             raise ValueError(f"labels {tuple(labels.shape)} must be (n,), n >= 1")
+        if labels.dtype != torch.int64 or labels.device.type != "cpu":
+            raise ValueError(f"labels are {labels.dtype} on {labels.device}; they must be int64 on the CPU")
         job = Job(seed, labels)
         with self._changed:
             if self._closed:
@@ -160,24 +168,26 @@ class Engine:
 
     @torch.no_grad()
     def _loop(self) -> None:
-        while self._admit():
+        while (placed := self._admit()) is not None:
             try:
+                if placed:
+                    self._fill(placed)
                 self._advance()
-                finished = self._retire()
+                complete = self._retire()
             except Exception as error:  # a broken sampler must not take the engine down
                 self._fail(error)
                 continue
-            for job in finished:
+            for job, samples in complete:
                 if job.future.set_running_or_notify_cancel():  # False if it was cancelled at the last moment
-                    job.future.set_result(torch.cat(job.parts))
+                    job.future.set_result(samples)
 
-    def _admit(self) -> bool:
-        """Free the slots of cancelled jobs, wait for work and fill free slots; False ends the thread."""
+    def _admit(self) -> list[_Run] | None:
+        """Free the slots of cancelled jobs, wait for work and give it free slots; None ends the thread."""
         with self._changed:
             self._drop([run for run in self._runs if run.job.future.cancelled()])
             while not self._runs and not self._waiting:
                 if self._closed:
-                    return False
+                    return None
                 self._changed.wait()
             placed = []
             while self._free and self._queue:
@@ -185,9 +195,7 @@ class Engine:
                     placed.append(self._place(self._queue[0]))
                 if not self._queue[0].missing:
                     self._queue.popleft()
-        if placed:
-            self._fill(placed)
-        return True
+        return placed
 
     def _place(self, job: Job) -> _Run:
         """Give as many of a job's samples as fit a slot."""
@@ -227,8 +235,8 @@ class Engine:
         self._index = (self._index + 1) % self._sampler.steps
         self._clock += 1
 
-    def _retire(self) -> list[Job]:
-        """Hand finished samples to their jobs; returns the jobs that are now complete."""
+    def _retire(self) -> list[tuple[Job, Tensor]]:
+        """Hand finished samples to their jobs; returns the jobs that are now complete, and their samples."""
         ended = [run for run in self._runs if run.end == self._clock]
         if not ended:
             return []
@@ -236,16 +244,20 @@ class Engine:
         for run in ended:
             run.job.parts.append(samples[run.rows])
             run.job.drawn += len(run.rows)
-        with self._changed:
+        jobs = [run.job for run in ended if run.job.drawn == len(run.job.labels)]
+        complete = [(job, torch.cat(job.parts)) for job in jobs]
+        with self._changed:  # last: until then `_fail` finds the jobs by their runs
             self._drop(ended)
-        return [run.job for run in ended if run.job.drawn == len(run.job.labels)]
+        return complete
 
     def _fail(self, error: Exception) -> None:
         """Fail the jobs under way and start afresh."""
         with self._changed:
             jobs = dict.fromkeys(run.job for run in self._runs)
             self._drop(list(self._runs))
-        self._index = torch.zeros_like(self._index)
+        # A free row repeats what it held: the key or label that broke the sampler must not stay.
+        for held, blank in ((self._keys, 0), (self._labels, UNLABELLED), (self._index, 0)):
+            held.fill_(blank)
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)

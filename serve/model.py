@@ -17,12 +17,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from gdl_ray.engine import Engine, QueueFull, request_keys
+from gdl_ray.engine import LIKELIHOOD, Engine, QueueFull, request_keys
+from gdl_ray.families import key_of
 from gdl_ray.family import UNLABELLED, Batch, Family, Likelihood
 from serve import api
 
 MAX_LIKELIHOODS = 8
 """Most likelihood requests that are held at a time; they are worked off one by one."""
+LIKELIHOOD_BATCH = 256
+"""Most examples of a request whose likelihoods are computed at a time, which bounds their memory."""
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ class Model:
         return {
             "name": self.name,
             "version": self.version,
-            "family": type(self.family).__name__,
+            "family": key_of(self.family),
             "density": self.family.density,
             "likelihood": likelihood,
             "operations": ["sample", *(["log_likelihood"] if likelihood else [])],
@@ -68,7 +71,8 @@ class Model:
 class ModelApp:
     """ASGI application at /v1/models/{name}.
 
-    A request reads `model` once, so that its answer comes from one version even while the version changes.
+    A request takes the model once, so that its answer comes from one version even while the version changes;
+    and takes it after its body, because the engine of a version that was replaced is closed.
     """
 
     def __init__(self, name: str) -> None:
@@ -76,7 +80,7 @@ class ModelApp:
         self.model: Model | None = None
         self.failure: str | None = None
         """Why the wanted version is not the one that answers; None if it is."""
-        self._operations: dict[str, tuple[str, Callable[[Model, Request], Awaitable[Response]]]] = {
+        self._operations: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
             "": ("GET", self._card),
             "/sample": ("POST", self._sample),
             "/log_likelihood": ("POST", self._log_likelihood),
@@ -109,20 +113,23 @@ class ModelApp:
         method, handler = operation
         if request.method != method:
             raise api.wrong_method(request.method, method)
+        return await handler(request)
+
+    def _ready(self) -> Model:
+        """Take the version that answers now."""
         if self.model is None:
-            detail = (
-                f"{self.name} has no version to answer with: {self.failure or 'the first is being loaded'}."
-            )
-            raise api.Problem(
-                HTTPStatus.SERVICE_UNAVAILABLE, "not-loaded", detail, headers={"Retry-After": "5"}
-            )
-        return await handler(self.model, request)
+            reason = self.failure or "the first is being loaded"
+            detail = f"{self.name} has no version to answer with: {reason}."
+            headers = {"Retry-After": "5"}
+            raise api.Problem(HTTPStatus.SERVICE_UNAVAILABLE, "not-loaded", detail, headers=headers)
+        return self.model
 
-    async def _card(self, model: Model, request: Request) -> Response:
-        return JSONResponse({**model.card(), "failure": self.failure})
+    async def _card(self, request: Request) -> Response:
+        return JSONResponse({**self._ready().card(), "failure": self.failure})
 
-    async def _sample(self, model: Model, request: Request) -> Response:
+    async def _sample(self, request: Request) -> Response:
         body = await api.read_body(request.stream(), api.SAMPLE_BODY_BYTES)
+        model = self._ready()  # no await from here to `submit`: its engine could be closed meanwhile
         asked = api.parse(api.SampleRequest, body)
         spec = model.family.spec
         if asked.label is not None:
@@ -153,12 +160,13 @@ class ModelApp:
         headers = {f"X-{name.title()}": str(value) for name, value in origin.items() if value is not None}
         return Response(content, headers=headers, media_type=media_type)
 
-    async def _log_likelihood(self, model: Model, request: Request) -> Response:
+    async def _log_likelihood(self, request: Request) -> Response:
+        body = await api.read_body(request.stream(), api.LIKELIHOOD_BODY_BYTES)
+        model = self._ready()
         if self._likelihoods >= MAX_LIKELIHOODS:
             raise api.busy(f"{self._likelihoods} likelihood requests wait already. Try again in a second.")
         self._likelihoods += 1
         try:
-            body = await api.read_body(request.stream(), api.LIKELIHOOD_BODY_BYTES)
             loop = asyncio.get_running_loop()
             result = await loop.run_in_executor(self._likelihood_thread, _log_likelihood, model, body)
         finally:
@@ -186,9 +194,12 @@ def _log_likelihood(model: Model, body: bytes) -> dict[str, Any]:
         )
         raise api.invalid(api.FieldProblem(field="samples", value=str(asked.samples), cure=cure))
     dtype = torch.uint8 if family.spec.kind == "image" else torch.int64
-    batch = Batch(torch.from_numpy(x).to(dtype), torch.tensor(labels), request_keys(asked.seed, len(x)))
+    keys = request_keys(asked.seed, len(x), LIKELIHOOD)
+    columns = (torch.from_numpy(x).to(dtype), torch.tensor(labels), keys)
+    batches = zip(*(torch.split(column, LIKELIHOOD_BATCH) for column in columns), strict=True)
     with torch.no_grad():
-        nats = family.log_likelihood(batch, asked.samples).tolist()
+        parts = [family.log_likelihood(Batch(*batch), asked.samples) for batch in batches]
+    nats = torch.cat(parts).tolist()
     return {
         "model": model.name,
         "version": model.version,

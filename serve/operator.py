@@ -8,15 +8,19 @@ moved alias by themselves. While the registry does not answer, everything stays 
 import asyncio
 import logging
 import re
+import time
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.schema import ApplicationStatus
 
 from gdl_ray import registry
 from serve import replica
 from serve.catalog import Catalog, Entry, build_app
 
 PERIOD_S = 2.0
+RETRY_S = 60.0
+"""Seconds until an application that Serve gave up is deployed again; each try costs several processes."""
 PREFIX = "model-"
 """Beginning of the names of the models' applications."""
 
@@ -31,6 +35,7 @@ class Operator:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
+        self._deployed_at: dict[str, float] = {}
 
     async def run(self) -> None:
         """Reconcile for ever; what goes wrong is told by the catalog and tried again."""
@@ -46,13 +51,12 @@ class Operator:
             await asyncio.sleep(PERIOD_S)
 
     async def _reconcile(self, champions: dict[str, int]) -> None:
-        applications = set((await asyncio.to_thread(serve.status)).applications)
+        applications = (await asyncio.to_thread(serve.status)).applications
         for name, version in champions.items():
             entry = self._enter(name, version)
             try:
-                await self._bring_up(entry, PREFIX + name in applications)
-            except registry.RegistryUnavailable:
-                raise
+                application = applications.get(PREFIX + name)
+                await self._bring_up(entry, application.status if application else None)
             except Exception as error:  # one model's failure is its own
                 log.exception("%s could not be brought up", name)
                 entry.failure = f"it could not be brought up: {error}"
@@ -72,15 +76,23 @@ class Operator:
             self._catalog.entries[name] = entry
         return entry
 
-    async def _bring_up(self, entry: Entry, deployed: bool) -> None:
-        """Give a model its application and its description, where it has none."""
+    async def _bring_up(self, entry: Entry, status: ApplicationStatus | None) -> None:
+        """Give a model its application and its description, where it has none; the status is None without."""
         if not _SERVABLE.fullmatch(entry.name):
             raise ValueError("its name cannot be part of an address; use a-z, 0-9, '-', '_' and '.'")
-        if not deployed:
+        given_up = status == ApplicationStatus.DEPLOY_FAILED  # Serve itself does not try again
+        if given_up:
+            entry.failure = "Ray Serve could not start it; the log of its replica says why"
+        waited_s = time.monotonic() - self._deployed_at.get(entry.name, -RETRY_S)
+        if status is None or (given_up and waited_s >= RETRY_S):
             log.info("serving %s", entry.name)
+            self._deployed_at[entry.name] = time.monotonic()
             await asyncio.to_thread(_deploy, entry.name)
         if not entry.description:
-            entry.description = await asyncio.to_thread(registry.describe, entry.name, entry.version)
+            try:
+                entry.description = await asyncio.to_thread(registry.describe, entry.name, entry.version)
+            except Exception as error:  # it answers all the same
+                log.warning("version %d of %s could not be described: %s", entry.version, entry.name, error)
 
 
 def _deploy(name: str) -> None:
@@ -94,10 +106,10 @@ class CatalogReplica:
     """Answers at / and runs the operator."""
 
     def __init__(self) -> None:
-        replica.listen_on_node_address()
         self._catalog = Catalog()
         # Serve constructs a replica on the event loop that later runs its requests.
         self._operator = asyncio.get_running_loop().create_task(Operator(self._catalog).run())
+        replica.listen_on_node_address()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Tell Serve the application that answers this replica's requests."""

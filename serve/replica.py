@@ -9,6 +9,7 @@ which reloads HAProxy twice and sends requests the long way round until the vers
 import asyncio
 import logging
 import sys
+import threading
 from typing import Any
 
 import ray
@@ -28,6 +29,8 @@ PERIOD_S = 1.0
 """Seconds between a replica's questions to the catalog."""
 RETRY_S = 5.0
 """Seconds until a version that could not be loaded is tried again."""
+LISTEN_S = 60.0
+"""Seconds after its construction in which a replica surely has begun to listen."""
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +38,24 @@ log = logging.getLogger(__name__)
 def listen_on_node_address() -> None:
     """Bind this replica's port for calls between deployments to its node's address alone.
 
-    Ray 2.60 binds it to every interface, and runs what it is sent there. Called while the replica is
-    constructed, which is before it listens.
+    Ray 2.60 binds it to every interface, and runs what it is sent there. Called at the end of a replica's
+    construction, which is before it listens. A Ray that binds in another way fails here or logs an error.
     """
     untyped: Any = ray_replica
     bind = untyped.add_port_to_grpc_server
     address = f"{ray.util.get_node_ip_address()}:0"  # type: ignore[no-untyped-call]
-    untyped.add_port_to_grpc_server = lambda server, everywhere: bind(server, address)
+    bound = threading.Event()
+
+    def bind_to_node(server: Any, everywhere: str) -> Any:
+        bound.set()
+        return bind(server, address)
+
+    def check() -> None:
+        if not bound.is_set():
+            log.error("Ray %s may listen on every interface: it did not bind as 2.60 does", ray.__version__)
+
+    untyped.add_port_to_grpc_server = bind_to_node
+    asyncio.get_running_loop().call_later(LISTEN_S, check)
 
 
 def load(name: str, version: int) -> Model:
@@ -65,7 +79,6 @@ class ModelReplica:
     """Holds the champion of one registered model."""
 
     def __init__(self, name: str) -> None:
-        listen_on_node_address()
         torch.set_num_threads(1)  # the cores belong to training; replicas scale by number
         # The engine's thread gives the interpreter away at every torch operation, and by default waits up to
         # 5 ms for a busy event loop to give it back.
@@ -79,6 +92,7 @@ class ModelReplica:
             self._http.failure = f"its champion could not be loaded: {error}"
         # Serve constructs a replica on the event loop that later runs its requests.
         self._following = asyncio.get_running_loop().create_task(self._follow())
+        listen_on_node_address()
 
     def __serve_build_asgi_app__(self) -> ModelApp:
         """Tell Serve the application that answers this replica's requests."""

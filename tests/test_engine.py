@@ -1,5 +1,6 @@
 """The engine against samplers whose every value is known."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdl_ray.engine import Engine, QueueFull, request_keys
+from gdl_ray.engine import LIKELIHOOD, SAMPLES, Engine, QueueFull, request_keys
 from gdl_ray.family import UNLABELLED, Batch, DataSpec, Density, Family, Losses, Sampler, State
 from gdl_ray.random import fold, normal
 
@@ -26,6 +27,7 @@ class Walk(Sampler):
         self.before_step = before_step
 
     def start(self, keys: Tensor, labels: Tensor) -> State:
+        assert (labels < SPEC.classes).all(), "no such class"
         return {"key": fold(keys, labels + 1), "steps_taken": torch.zeros_like(keys)}
 
     def step(self, state: State, index: Tensor) -> State:
@@ -230,6 +232,34 @@ def test_a_sampler_that_raises_fails_its_jobs_and_no_others() -> None:
         assert torch.equal(later.future.result(timeout=10), walk(3).sample(request_keys(2, 2)))
 
 
+def test_a_label_that_breaks_the_sampler_does_not_stay_in_its_row() -> None:
+    with running(walk(3), slots=8) as engine:
+        broken = engine.submit(1, labels_of(8, SPEC.classes))
+        with pytest.raises(AssertionError, match="no such class"):
+            broken.future.result(timeout=10)
+        for n in (1, 8, 20):
+            result = engine.submit(2, labels_of(n)).future.result(timeout=10)
+            assert torch.equal(result, walk(3).sample(request_keys(2, n)))
+
+
+@pytest.mark.parametrize("moment", [0, 1], ids=["filling rows", "joining samples"])
+def test_an_engine_that_itself_fails_lives_on(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    cat, calls = torch.cat, itertools.count()
+
+    def without_memory(tensors: list[Tensor]) -> Tensor:
+        if next(calls) == moment:
+            raise MemoryError
+        return cat(tensors)
+
+    monkeypatch.setattr(torch, "cat", without_memory)
+    with running(walk(3)) as engine:
+        with pytest.raises(MemoryError):
+            engine.submit(1, labels_of(2)).future.result(timeout=10)
+        assert (engine.waiting, engine.active) == (0, 0)
+        result = engine.submit(1, labels_of(2)).future.result(timeout=10)
+        assert torch.equal(result, walk(3).sample(request_keys(1, 2)))
+
+
 @pytest.mark.parametrize("drain", [True, False])
 def test_close_finishes_or_cancels_what_is_held(drain: bool) -> None:
     engine = Engine(walk(3, lambda index: time.sleep(0.01)), slots=8)
@@ -248,6 +278,24 @@ def test_close_finishes_or_cancels_what_is_held(drain: bool) -> None:
 def test_labels_that_are_not_a_row_are_refused(shape: tuple[int, ...]) -> None:
     with running(walk(1)) as engine, pytest.raises(ValueError, match="n >= 1"):
         engine.submit(0, torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("seed", "labels", "complaint"),
+    [
+        (-1, labels_of(1), "seed=-1"),
+        (2**53, labels_of(1), "seed=9007199254740992"),
+        (2**63, labels_of(1), "seed=9223372036854775808"),
+        (0, labels_of(1).to(torch.int32), "torch.int32 on cpu"),
+        (0, labels_of(1).to(torch.float32), "torch.float32 on cpu"),
+        (0, labels_of(1).to("meta"), "torch.int64 on meta"),
+    ],
+)
+def test_what_the_engine_cannot_draw_is_refused_at_once(seed: int, labels: Tensor, complaint: str) -> None:
+    with running(walk(1)) as engine:
+        with pytest.raises(ValueError, match=complaint):
+            engine.submit(seed, labels)
+        assert engine.submit(2**53 - 1, labels_of(1)).future.result(timeout=10).shape == (1, 1, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -283,3 +331,8 @@ def test_the_keys_of_a_smaller_request_are_the_first_of_a_larger() -> None:
     assert torch.equal(request_keys(2**53 - 1, 10), keys[:10])
     assert len(set(keys.tolist())) == 1000
     assert not torch.isin(request_keys(0, 1000), keys).any()
+
+
+def test_likelihoods_have_keys_of_their_own() -> None:
+    assert torch.equal(request_keys(7, 1000, SAMPLES), request_keys(7, 1000))
+    assert not torch.isin(request_keys(7, 1000, LIKELIHOOD), request_keys(7, 1000)).any()

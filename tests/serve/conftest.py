@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 from gdl_ray.engine import Engine
+from gdl_ray.families import FAMILIES
 from gdl_ray.family import (
     Batch,
     DataSpec,
@@ -22,7 +23,7 @@ from gdl_ray.family import (
     State,
 )
 from gdl_ray.random import uniform
-from serve.model import Model, ModelApp
+from serve.model import LIKELIHOOD_BATCH, Model, ModelApp
 
 IMAGES = DataSpec(name="toy", kind="image", shape=(1, 4, 4), levels=17, classes=10)
 
@@ -74,22 +75,31 @@ class Explicit(Implicit, Likelihood):
     likelihood_kind = LikelihoodKind.EXACT
 
     def log_likelihood(self, batch: Batch, samples: int = 1) -> Tensor:
+        assert len(batch.x) <= LIKELIHOOD_BATCH
         return -batch.x.flatten(1).sum(1, dtype=torch.float32) - batch.y / samples
 
 
 class Served:
     """A model's application with a client that talks to it as if it came through Ray Serve."""
 
-    def __init__(self, family: Implicit, queue_samples: int) -> None:
+    def __init__(self, family: Family, queue_samples: int) -> None:
         self.family = family
         self.app = ModelApp("toy-fake")
         self.app.model = Model("toy-fake", 3, family, Engine(family, slots=8, queue_samples=queue_samples))
         self.client = TestClient(self.app, base_url="http://server", root_path="")
 
     def close(self) -> None:
-        self.family.gate.set()
+        if isinstance(self.family, Implicit):
+            self.family.gate.set()
         assert self.app.model is not None
         self.app.model.engine.close(drain=False)
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enter the families of this file into the table."""
+    monkeypatch.setitem(FAMILIES, "implicit", Implicit)
+    monkeypatch.setitem(FAMILIES, "explicit", Explicit)
 
 
 @pytest.fixture
@@ -97,7 +107,7 @@ def serve_family() -> Iterator[Any]:
     """Make the application of a family; ends its engine after the test."""
     started: list[Served] = []
 
-    def start(family: Implicit, queue_samples: int = 4096) -> Served:
+    def start(family: Family, queue_samples: int = 4096) -> Served:
         started.append(Served(family, queue_samples))
         return started[-1]
 

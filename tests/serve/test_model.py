@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from starlette.types import Message
 
-from gdl_ray.engine import request_keys
+from gdl_ray.engine import Engine, request_keys
+from gdl_ray.families import FAMILIES, build
+from serve.model import MAX_LIKELIHOODS, Model
 
 
 def draw(served: Any, body: Any = None, **headers: str) -> Any:
@@ -177,6 +179,24 @@ def test_before_the_first_version_is_loaded_it_says_so(serve_family: Any, explic
     served.app.model = model
 
 
+def test_a_version_that_takes_over_while_the_body_arrives_answers(serve_family: Any, explicit: Any) -> None:
+    served = serve_family(explicit)
+    old, messages = served.app.model, []
+
+    async def receive() -> Message:
+        served.app.model = Model("toy-fake", 4, explicit, Engine(explicit, slots=8))
+        old.engine.close(drain=True)
+        return {"type": "http.request", "body": b'{"n": 2}', "more_body": False}
+
+    async def send(message: Message) -> None:
+        messages.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/sample", "root_path": "", "headers": []}
+    asyncio.run(served.app(scope, receive, send))
+    assert messages[0]["status"] == 200
+    assert (b"x-version", b"4") in messages[0]["headers"]
+
+
 def test_the_samples_of_a_client_that_left_are_given_up(serve_family: Any, explicit: Any) -> None:
     served = serve_family(explicit)
     engine = served.app.model.engine
@@ -207,7 +227,8 @@ def test_the_samples_of_a_client_that_left_are_given_up(serve_family: Any, expli
 
 def test_the_card_tells_what_may_be_asked(serve_family: Any, explicit: Any, implicit: Any) -> None:
     card = serve_family(explicit).client.get("").json()
-    assert (card["name"], card["version"], card["density"]) == ("toy-fake", 3, "tractable")
+    assert (card["name"], card["version"], card["family"]) == ("toy-fake", 3, "explicit")
+    assert card["density"] == "tractable"
     assert (card["likelihood"], card["operations"]) == ("exact", ["sample", "log_likelihood"])
     assert card["data"] == explicit.spec.to_json()
     card = serve_family(implicit).client.get("/").json()
@@ -228,6 +249,59 @@ def test_log_likelihood_is_that_of_the_family(serve_family: Any, explicit: Any) 
     assert (answer["kind"], answer["version"], answer["samples"]) == ("exact", 3, 2)
     unlabelled = likelihood(served, x=x.tolist()).json()
     assert unlabelled["nats"] == (-x.sum((1, 2, 3)) + 1.0).tolist()  # the label -1
+
+
+def test_many_examples_are_computed_in_parts(serve_family: Any, explicit: Any) -> None:
+    x = np.random.default_rng(0).integers(17, size=(600, 1, 4, 4))
+    labels = np.arange(600) % 10
+    nats = likelihood(serve_family(explicit), x=x.tolist(), labels=labels.tolist()).json()["nats"]
+    assert nats == (-x.sum((1, 2, 3)) - labels).tolist()
+
+
+def test_a_bound_on_samples_does_not_depend_on_their_seed(serve_family: Any, explicit: Any) -> None:
+    vae = build("vae", FAMILIES["vae"].Config(latent=4, width=4, hidden=32), explicit.spec).eval()
+    with torch.no_grad():  # the posterior is the prior, and what is drawn from either decides the pixels
+        vae.get_parameter("to_posterior.weight").zero_()
+        vae.get_parameter("to_posterior.bias").zero_()
+        vae.get_parameter("from_latent.weight").mul_(30)
+    served = serve_family(vae)
+    x = array(draw(served, {"n": 600, "seed": 7, "format": "npy"})).tolist()
+    same, other = (np.array(likelihood(served, x=x, seed=seed).json()["nats"]) for seed in (7, 8))
+    gap = same - other
+    assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(len(gap))
+
+
+def test_only_requests_that_have_arrived_hold_a_place_among_likelihoods(
+    serve_family: Any, explicit: Any
+) -> None:
+    served = serve_family(explicit)
+
+    async def never() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def arrived() -> Message:
+        return {"type": "http.request", "body": json.dumps({"x": ONE}).encode(), "more_body": False}
+
+    async def ask(receive: Any) -> int:
+        statuses: list[int] = []
+
+        async def send(message: Message) -> None:
+            statuses.append(message.get("status", 0))
+
+        scope = {"type": "http", "method": "POST", "path": "/log_likelihood", "root_path": "", "headers": []}
+        await served.app(scope, receive, send)
+        return statuses[0]
+
+    async def crowd() -> list[int]:
+        slow = [asyncio.create_task(ask(never)) for _ in range(MAX_LIKELIHOODS)]
+        await asyncio.sleep(0)
+        statuses = await asyncio.gather(*(ask(arrived) for _ in range(MAX_LIKELIHOODS + 1)))
+        for task in slow:
+            task.cancel()
+        return statuses
+
+    assert sorted(asyncio.run(crowd())) == [200] * MAX_LIKELIHOODS + [429]
 
 
 def test_tokens_have_a_likelihood_too(serve_family: Any, tokens: Any) -> None:

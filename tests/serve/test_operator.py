@@ -1,13 +1,16 @@
 """The operator and the replica's swap, against a registry and a Serve that are dictionaries."""
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import ray.serve._private.replica as ray_replica
 import torch
+from ray.serve.schema import ApplicationStatus
 
 from gdl_ray import registry
 from gdl_ray.engine import Engine
@@ -15,19 +18,21 @@ from serve import operator, replica
 from serve.catalog import Catalog
 from serve.model import Model
 
+RUNNING = SimpleNamespace(status=ApplicationStatus.RUNNING)
+
 
 class World:
     """The registry's champions and Serve's applications."""
 
     def __init__(self) -> None:
         self.champions: dict[str, int] = {}
-        self.applications = {replica.CATALOG: "RUNNING", "somebody-elses": "RUNNING"}
+        self.applications = {replica.CATALOG: RUNNING, "somebody-elses": RUNNING}
         self.broken: set[str] = set()
 
     def deploy(self, name: str) -> None:
         if name in self.broken:
             raise RuntimeError("no room")
-        self.applications[operator.PREFIX + name] = "RUNNING"
+        self.applications[operator.PREFIX + name] = RUNNING
 
     def describe(self, name: str, version: int) -> dict[str, Any]:
         return {"metrics": {"bpd": 2.0}}
@@ -70,6 +75,42 @@ def test_one_models_failure_is_its_own(world: World) -> None:
     assert "no room" in (catalog.entries["bad"].failure or "")
     assert "cannot be part of an address" in (catalog.entries["name with spaces"].failure or "")
     assert not any("spaces" in name for name in world.applications)
+
+
+def test_a_model_that_cannot_be_described_answers_all_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(name: str, version: int) -> dict[str, Any]:
+        raise KeyError("its run was deleted")
+
+    catalog = Catalog()
+    world.champions = {"digits-vae": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "describe", away)
+        reconcile(world, catalog)
+    assert "model-digits-vae" in world.applications
+    assert catalog.entries["digits-vae"].failure is None
+    reconcile(world, catalog)
+    assert catalog.entries["digits-vae"].description == {"metrics": {"bpd": 2.0}}
+
+
+def test_an_application_that_serve_gave_up_is_tried_again_after_a_while(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def passes() -> None:
+        watching = operator.Operator(catalog)
+        await watching._reconcile(world.champions)
+        world.applications["model-digits-vae"] = given_up
+        await watching._reconcile(world.champions)
+        assert world.applications["model-digits-vae"] is given_up
+        assert "could not start it" in (catalog.entries["digits-vae"].failure or "")
+        monkeypatch.setattr(operator, "RETRY_S", 0.0)
+        await watching._reconcile(world.champions)
+        assert world.applications["model-digits-vae"] is RUNNING
+
+    catalog, given_up = Catalog(), SimpleNamespace(status=ApplicationStatus.DEPLOY_FAILED)
+    world.champions = {"digits-vae": 1}
+    asyncio.run(passes())
 
 
 def test_without_the_registry_all_stays_as_it_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,3 +178,25 @@ def test_a_champion_that_cannot_be_loaded_does_not_stop_the_replica(loaded: list
         assert app.failure == "its champion could not be loaded: it is damaged"
 
     asyncio.run(start())
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_ray_that_binds_in_another_way_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, listens: bool
+) -> None:
+    bound: list[str] = []
+    node: Any = ray.util
+    private: Any = ray_replica
+    monkeypatch.setattr(private, "add_port_to_grpc_server", lambda server, to: bound.append(to))
+    monkeypatch.setattr(replica, "LISTEN_S", 0.02)
+
+    async def start() -> None:
+        replica.listen_on_node_address()
+        if listens:
+            private.add_port_to_grpc_server(None, "[::]:0")
+        await asyncio.sleep(0.05)
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(start())
+    assert bound == ([f"{node.get_node_ip_address()}:0"] if listens else [])
+    assert ("every interface" in caplog.text) is not listens
