@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def home() -> Path:
-    """Find the folder of datasets, runs and downloaded models: GDL_RAY_HOME, else `.gdl_ray` here."""
-    return Path(os.environ.get("GDL_RAY_HOME") or ".gdl_ray").absolute()
+def home(default: Path = Path(".gdl_ray")) -> Path:
+    """Find the folder of datasets, runs and downloaded models: GDL_RAY_HOME where set, else `default`."""
+    return Path(os.environ.get("GDL_RAY_HOME") or default).expanduser().absolute()
 
 
 @contextmanager

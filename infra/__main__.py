@@ -1,18 +1,14 @@
 """`python -m infra up|status|down`: the platform on this machine."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
 
 from infra import local
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb.
+    """Run one verb.
 
     Returns:
         0 when the platform is as asked; 1 when a part of it is not up; 130 after Ctrl-C.

@@ -1,7 +1,5 @@
 """`make demo`: the platform, one trained model and its samples, by the commands that a user would type."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -15,8 +13,6 @@ from pathlib import Path
 
 from infra import local
 
-__all__ = ["main"]
-
 MODEL = "digits-vae"
 TRAIN = "ray job submit --working-dir . -- python -m jobs.train vae --data digits --workers 2"
 REQUEST = {"n": 64, "seed": 7, "format": "png"}
@@ -29,7 +25,7 @@ class DemoError(Exception):
 
 
 def main() -> int:
-    """Runs the demo from the project's folder.
+    """Run the demo from the project's folder.
 
     Returns:
         0 when samples are there; 1 when a step failed; 130 after Ctrl-C.
@@ -66,7 +62,7 @@ stop it all        make down""")
 
 
 def _sample(url: str) -> None:
-    """Samples over HTTP with curl, or with Python where there is no curl."""
+    """Sample over HTTP with curl, or with Python where there is no curl."""
     SAMPLES.unlink(missing_ok=True)
     body = json.dumps(REQUEST)
     command = ["curl", "-sS", "-X", "POST", url, "-d", body, "-o", str(SAMPLES)]
@@ -78,7 +74,9 @@ def _sample(url: str) -> None:
         try:
             with urllib.request.urlopen(url, data=body.encode(), timeout=60) as response:  # noqa: S310
                 SAMPLES.write_bytes(response.read())
-        except urllib.error.URLError as error:
+        except urllib.error.HTTPError as error:
+            SAMPLES.write_bytes(error.read())
+        except OSError as error:
             raise DemoError(f"{failure}: {error}") from error
     answer = SAMPLES.read_bytes()
     if not answer.startswith(PNG_SIGNATURE):
@@ -87,7 +85,7 @@ def _sample(url: str) -> None:
 
 
 def _wait_for(url: str, limit_s: float = 60.0) -> None:
-    """Returns when the model answers: the operator makes an endpoint of a registered champion."""
+    """Return when the model answers: the operator makes an endpoint of a registered champion."""
     begin = time.monotonic()
     print(f"\nwaiting for {url} ", end="", flush=True)
     while not local.answers(url):

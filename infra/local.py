@@ -1,11 +1,9 @@
 """The platform on one machine: a Ray head, an MLflow server on SQLite and Ray Serve, all on loopback.
 
-Everything that it keeps lives in one folder, its home: `.gdl_ray/` beside this package, or `GDL_RAY_HOME`.
+Everything that it keeps lives in one folder, its home: `GDL_RAY_HOME`, else `.gdl_ray/` beside this package.
 What runs is written into `platform.json` there the moment it is started, so that a later command finds,
 reuses or ends it.
 """
-
-from __future__ import annotations
 
 import fcntl
 import hashlib
@@ -16,16 +14,15 @@ import shutil
 import socket
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
+import gdl_ray.home
 from infra.processes import Process, end, is_alive, spawn, uninterrupted
-
-__all__ = ["Platform", "PlatformError", "Service", "answers", "down", "home_dir", "status", "up"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 USUAL_PORTS = {"gcs": 6379, "dashboard": 8265, "mlflow": 5000, "serve": 8000}
@@ -64,8 +61,8 @@ class Platform:
     processes: dict[str, Process] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, home: Path) -> Platform:
-        """The recorded platform of a home; one without ports and processes when nothing is recorded."""
+    def load(cls, home: Path) -> "Platform":
+        """Read the recorded platform of a home; one without ports and processes when nothing is recorded."""
         file = home / "platform.json"
         if not file.exists():
             return cls(home)
@@ -74,7 +71,7 @@ class Platform:
         return cls(home, record["ports"], processes)
 
     def save(self) -> None:
-        """Writes the record, whole or not at all."""
+        """Write the record, whole or not at all."""
         processes = {name: asdict(process) for name, process in self.processes.items()}
         record = {"ports": self.ports, "urls": self.urls, "processes": processes}
         new = self.home / "platform.json.new"
@@ -90,17 +87,17 @@ class Platform:
         }
 
     def is_running(self, name: str) -> bool:
-        """Whether the process of a service runs; Serve's replicas are processes of Ray."""
+        """Tell whether the process of a service runs; Serve's replicas are processes of Ray."""
         process = self.processes.get("ray" if name == "serve" else name)
         return process is not None and is_alive(process)
 
     def is_healthy(self, name: str) -> bool:
-        """Whether a service runs and answers."""
+        """Tell whether a service runs and answers."""
         pages = {"ray": "/api/gcs_healthz", "mlflow": "/health", "serve": "/healthz"}
         return self.is_running(name) and answers(self.urls[name] + pages[name])
 
     def log(self, name: str) -> Path:
-        """Where the output of a service goes."""
+        """Name the file where the output of a service goes."""
         return self.home / "logs" / f"{name}.log"
 
 
@@ -115,12 +112,12 @@ class Service:
 
 
 def home_dir() -> Path:
-    """The folder of the platform's state and data: `GDL_RAY_HOME`, or `.gdl_ray/` of this checkout."""
-    return Path(os.environ.get("GDL_RAY_HOME", PROJECT / ".gdl_ray")).expanduser().absolute()
+    """Find the folder of the platform's state and data: `GDL_RAY_HOME`, else `.gdl_ray/` of this checkout."""
+    return gdl_ray.home.home(PROJECT / ".gdl_ray")
 
 
 def up(home: Path) -> Platform:
-    """Starts what does not run, and returns when all of it answers.
+    """Start what does not run, and return when all of it answers.
 
     Raises:
         PlatformError: A service did not start. The others go on, and are recorded.
@@ -142,13 +139,13 @@ def up(home: Path) -> Platform:
 
 
 def status(home: Path) -> list[Service]:
-    """What of the platform runs where."""
+    """Tell what of the platform runs where."""
     platform = Platform.load(home)
     return [_service(platform, name) for name in SERVICES]
 
 
 def down(home: Path) -> dict[str, int]:
-    """Ends the processes that `up` started, and theirs; leaves the data.
+    """End the processes that `up` started, and theirs; leave the data.
 
     Returns:
         How many processes each service had.
@@ -174,7 +171,7 @@ def _service(platform: Platform, name: str) -> Service:
 
 
 def _choose_ports(platform: Platform) -> None:
-    """Chooses ports for the services that do not run, the usual ones where free.
+    """Choose ports for the services that do not run, the usual ones where free.
 
     MLflow's port stays while Ray runs, because every process of Ray has been told it.
     """
@@ -189,7 +186,7 @@ def _choose_ports(platform: Platform) -> None:
 
 
 def _free_port(usual: int | None, taken: set[int]) -> int:
-    """The usual port if free, else one below the range from which the system gives out ports by itself."""
+    """Choose the usual port if free, else one below the range that the system gives out by itself."""
     candidates = random.sample(range(20_000, 30_000), 200)
     for port in [usual, *candidates] if usual else candidates:
         if port not in taken and _is_free(port):
@@ -208,7 +205,7 @@ def _is_free(port: int) -> bool:
 
 
 def _start(platform: Platform, name: str) -> None:
-    """Starts a service, and records its process before anything can interrupt."""
+    """Start a service, and record its process before anything can interrupt."""
     if name in platform.processes:
         end(platform.processes[name])  # its children may have outlived it, and hold its port
     command, env = {"ray": _ray, "mlflow": _mlflow, "serve": _serve}[name](platform)
@@ -220,7 +217,7 @@ def _start(platform: Platform, name: str) -> None:
 
 
 def _start_serve(platform: Platform) -> None:
-    """Runs the command that deploys the catalog, unless an interrupted `up` has left it running."""
+    """Run the command that deploys the catalog, unless an interrupted `up` has left it running."""
     deploying = platform.processes.get("serve")
     if deploying is None or not is_alive(deploying):
         _start(platform, "serve")
@@ -264,7 +261,7 @@ def _serve(platform: Platform) -> tuple[list[str], dict[str, str]]:
 
 
 def _environment(platform: Platform) -> dict[str, str]:
-    """The environment of the Ray head, which jobs and Serve's replicas inherit."""
+    """Build the environment of the Ray head, which jobs and Serve's replicas inherit."""
     ports = platform.ports
     return os.environ | {
         "GDL_RAY_HOME": str(platform.home),
@@ -287,7 +284,7 @@ def _environment(platform: Platform) -> dict[str, str]:
 
 
 def _haproxy(platform: Platform) -> dict[str, str]:
-    """Serve's settings for HAProxy, where its binary is at hand (the wheel exists for Linux only)."""
+    """Make Serve's settings for HAProxy, where its binary is at hand (the wheel exists for Linux only)."""
     binary = _haproxy_binary()
     if binary is None:
         return {}
@@ -321,7 +318,7 @@ def _haproxy_binary() -> str | None:
 
 
 def _temp_dir(home: Path) -> Path:
-    """Ray's folder for sockets and logs: a short path, because a socket's may have 107 characters at most."""
+    """Name Ray's folder for sockets and logs: a short path, for a socket's has 107 characters at most."""
     digest = hashlib.sha256(f"{os.getuid()}:{home}".encode()).hexdigest()[:8]
     return Path("/tmp") / f"gdl-{digest}"  # noqa: S108  # private: made by us, for us alone to enter
 
@@ -339,7 +336,7 @@ def _fresh_temp_dir(home: Path) -> Path:
 
 
 def _wait_until_healthy(platform: Platform, name: str, limit_s: float = 120.0) -> None:
-    """Returns when a service answers.
+    """Return when a service answers.
 
     Raises:
         PlatformError: It has ended, or does not answer in time.
@@ -362,17 +359,17 @@ def _failure(platform: Platform, name: str, what: str) -> PlatformError:
 
 
 def answers(url: str) -> bool:
-    """Whether an address answers a GET with status 200."""
+    """Tell whether an address answers a GET with status 200."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310
             return bool(response.status == 200)
-    except (OSError, urllib.error.URLError):
+    except (OSError, HTTPException):
         return False
 
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """One command at a time changes the platform of a home; the next one waits."""
+    """Let one command at a time change the platform of a home; the next one waits."""
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,11 +1,10 @@
 """Processes that outlive the command that started them: start, recognise and end them.
 
-A process is known by its pid and its start time together, because the system gives a pid to another process
-later. Each is started in a session of its own: whatever it starts in turn belongs to that session, even when
-the processes in between are gone.
+A process is known by its pid and its start together, because the system gives a pid to another process later.
+The start is told by a clock that nobody sets, because the time of day moves when it is corrected. Each is
+started in a session of its own: whatever it starts in turn belongs to that session, even when the processes
+in between are gone.
 """
-
-from __future__ import annotations
 
 import os
 import signal
@@ -19,19 +18,19 @@ from types import FrameType
 
 import psutil
 
-__all__ = ["Process", "end", "is_alive", "spawn", "tree", "uninterrupted"]
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
 class Process:
-    """A started process: its pid, and when it started, in seconds since 1970."""
+    """A started process: its pid, and its start as `_start_of` tells it."""
 
     pid: int
-    started_s: float
+    started: str
 
 
 def spawn(command: Sequence[str], log: Path, env: Mapping[str, str], cwd: Path) -> Process:
-    """Starts `command` in a session of its own, with its output appended to `log`."""
+    """Start `command` in a session of its own, with its output appended to `log`."""
     with log.open("ab") as output:
         child = subprocess.Popen(  # noqa: S603
             command,
@@ -43,17 +42,17 @@ def spawn(command: Sequence[str], log: Path, env: Mapping[str, str], cwd: Path) 
             start_new_session=True,
         )
     child.returncode = 0  # it is to outlive this command: nobody waits for it, which is no reason to warn
-    return Process(child.pid, psutil.Process(child.pid).create_time())
+    return Process(child.pid, _start_of(child.pid))
 
 
 def is_alive(process: Process) -> bool:
-    """Whether the process, and not another one with its pid, is running."""
+    """Tell whether the process, and not another one with its pid, is running."""
     found = _find(process)
-    return found is not None and not _is_over(found.status())
+    return found is not None and _runs(found)
 
 
 def tree(process: Process) -> list[psutil.Process]:
-    """The process if it runs, what is left of its session, and the descendants of these."""
+    """List the process if it runs, what is left of its session, and the descendants of these."""
     if psutil.pid_exists(process.pid) and _find(process) is None:
         return []  # the pid is another's now
     running = [
@@ -66,7 +65,7 @@ def tree(process: Process) -> list[psutil.Process]:
 
 
 def end(process: Process, grace_s: float = 3.0) -> int:
-    """Asks the whole tree of a process to stop, and after `grace_s` seconds makes it.
+    """Ask the whole tree of a process to stop, and after `grace_s` seconds make it.
 
     Returns:
         How many processes there were.
@@ -86,7 +85,7 @@ def end(process: Process, grace_s: float = 3.0) -> int:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds back Ctrl-C and SIGTERM for a moment, and delivers them at the end."""
+    """Hold back Ctrl-C and SIGTERM for a moment, and deliver them at the end."""
     held: list[int] = []
 
     def hold(number: int, _frame: FrameType | None) -> None:
@@ -103,11 +102,27 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _find(process: Process) -> psutil.Process | None:
+    with suppress(psutil.NoSuchProcess):
+        if _start_of(process.pid) == process.started:
+            return psutil.Process(process.pid)
+    return None
+
+
+def _start_of(pid: int) -> str:
+    """Tell when a process started: which boot, and clock ticks since then; where there is no /proc, the time.
+
+    Raises:
+        psutil.NoSuchProcess: Nothing has this pid.
+    """
+    if not BOOT.exists():
+        return str(psutil.Process(pid).create_time())
     try:
-        found = psutil.Process(process.pid)
-    except psutil.NoSuchProcess:
-        return None
-    return found if abs(found.create_time() - process.started_s) < 0.01 else None
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise psutil.NoSuchProcess(pid) from error
+    # The start is the 22nd field; the second, a name in parentheses, may itself hold some, and spaces.
+    ticks = stat.rpartition(")")[2].split()[19]
+    return f"{BOOT.read_text().strip()} {ticks}"
 
 
 def _session(pid: int) -> int | None:

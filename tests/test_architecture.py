@@ -1,6 +1,7 @@
-"""The rules of the architecture, read from the source: who imports whom, and what nobody does."""
+"""The rules of the architecture, read from the source: who imports whom, what nobody does, what is tested."""
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "gdl_ray.pyfunc": {"gdl_ray.registry"},
     "jobs": {*_LIBRARY, "gdl_ray.registry"},
     "serve": {*_LIBRARY, "gdl_ray.registry"},
-    "infra": set(),
+    "infra": {"gdl_ray.home"},  # so that GDL_RAY_HOME has one meaning
     "gdl_ray": set(),  # the package itself, which every part may import for its version
 }
 
@@ -48,18 +49,33 @@ PURE = {"gdl_ray.random": {"torch"}, "gdl_ray.nn": {"torch"}}
 CORE = {"torch", "numpy", "safetensors", "sklearn", "PIL"}
 EXTRA = {
     "gdl_ray.client": {"httpx"},
-    "gdl_ray.registry": {"mlflow", "pandas"},
+    "gdl_ray.registry": {"mlflow", "pandas", "requests"},
     "gdl_ray.train.worker": {"ray"},
+}
+
+# Modules that define something and have no test file that mirrors them, and why.
+TESTED_ELSEWHERE = {
+    "gdl_ray.family": "a contract: tests/families/test_contract.py runs on every family",
+    "gdl_ray.families": "a table: tests/families/test_contract.py runs on each of its lines",
+    "gdl_ray.home": "tests/infra/test_local.py finds its folder, tests/data/test_arrays.py makes one whole",
+    "gdl_ray.train.local": "the loop reports to it in tests/train/test_loop.py",
+    "gdl_ray.train.parallel": "tests/train/test_loop.py trains with one worker and with two",
+    "gdl_ray.train.worker": "needs Ray Train: tests/test_end_to_end.py submits a job and kills a worker",
+    "infra.__main__": "tests/infra/test_local.py runs its verbs",
+    "serve.__main__": "needs Ray Serve: tests/infra/test_local.py brings the platform up with it",
+    "serve.api": "tests/serve/test_model.py sends what it reads, and reads what it encodes",
+    "serve.replica": "tests/serve/test_operator.py swaps its versions",
 }
 
 
 @dataclass(frozen=True)
 class Module:
-    """A source file: its dotted name, its syntax tree, and the names of what it imports, in functions too."""
+    """A source file: its dotted name, syntax tree, imports (in functions too), whether a test mirrors it."""
 
     name: str
     tree: ast.Module
     imports: frozenset[str]
+    mirrored: bool
 
 
 Modules = dict[str, Module]
@@ -67,7 +83,7 @@ Rule = Callable[[Modules], Iterator[str]]
 
 
 def read(root: Path) -> Modules:
-    """Reads every module of the project's packages under a folder."""
+    """Read every module of the project's packages under a folder."""
     files = {
         _dotted(file.relative_to(root)): file for name in PACKAGES for file in (root / name).rglob("*.py")
     }
@@ -76,13 +92,19 @@ def read(root: Path) -> Modules:
         tree = ast.parse(file.read_text(), str(file))
         package = name if file.name == "__init__.py" else name.rpartition(".")[0]
         imports = frozenset(_imports(tree, package, files.keys()))
-        modules[name] = Module(name, tree, imports)
+        modules[name] = Module(name, tree, imports, (root / _mirror(name)).exists())
     return modules
 
 
 def _dotted(file: Path) -> str:
     parts = file.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _mirror(name: str) -> Path:
+    """Name the test file of a module: `tests/train/test_loop.py` of `gdl_ray.train.loop`."""
+    *folders, last = name.removeprefix("gdl_ray.").split(".")
+    return Path("tests", *folders, f"test_{last.strip('_')}.py")
 
 
 def _imports(tree: ast.Module, package: str, modules: Collection[str]) -> Iterator[str]:
@@ -106,7 +128,7 @@ def _part(name: str) -> str:
 
 
 def imports_go_one_way(modules: Modules) -> Iterator[str]:
-    """A part of the project imports the parts that the table gives it."""
+    """Import of the project what the table gives, and nothing else."""
     for module in modules.values():
         part = _part(module.name)
         for target in module.imports:
@@ -116,7 +138,7 @@ def imports_go_one_way(modules: Modules) -> Iterator[str]:
 
 
 def imports_have_no_cycle(modules: Modules) -> Iterator[str]:
-    """No module imports itself by way of others."""
+    """Import nothing that imports the importer, by way of others too."""
     rest = {name: {other for other in module.imports if other in modules} for name, module in modules.items()}
     while free := [name for name, targets in rest.items() if not targets & rest.keys()]:
         for name in free:
@@ -126,7 +148,7 @@ def imports_have_no_cycle(modules: Modules) -> Iterator[str]:
 
 
 def packages_stay_in_their_place(modules: Modules) -> Iterator[str]:
-    """Ray, MLflow and boto3 are imported where they belong, and the library needs few packages."""
+    """Import Ray, MLflow and boto3 where they belong, and few packages in the library."""
     for module in modules.values():
         for package in {target.split(".")[0] for target in module.imports} - sys.stdlib_module_names:
             if package in PACKAGES:
@@ -138,7 +160,7 @@ def packages_stay_in_their_place(modules: Modules) -> Iterator[str]:
 
 
 def _packages(name: str, package: str) -> set[str]:
-    """What a module may import from outside: any package, unless it belongs to the library."""
+    """List what a module may import from outside: any package, unless it belongs to the library."""
     if not _within(name, "gdl_ray"):
         return {package}
     pure = [packages for part, packages in PURE.items() if _within(name, part)]
@@ -146,7 +168,7 @@ def _packages(name: str, package: str) -> set[str]:
 
 
 def code_is_not_made_from_strings(modules: Modules) -> Iterator[str]:
-    """No pickle, and nothing that turns a string into code."""
+    """Use no pickle, and nothing that turns a string into code."""
     for module in modules.values():
         for target in module.imports:
             if target.split(".")[0] in {"pickle", "cloudpickle", "dill", "marshal", "shelve"}:
@@ -163,7 +185,7 @@ def _imported_names(node: ast.AST) -> set[str]:
 
 
 def _last_name(node: ast.AST) -> str | None:
-    """`c` of `a.b.c` and of `c`; of `c[T]` too."""
+    """Find `c` in `a.b.c` and in `c`; in `c[T]` too."""
     if isinstance(node, ast.Subscript):
         return _last_name(node.value)
     if isinstance(node, ast.Attribute):
@@ -172,7 +194,7 @@ def _last_name(node: ast.AST) -> str | None:
 
 
 def classes_are_abstract_or_final(modules: Modules) -> Iterator[str]:
-    """A class of the project that another one extends is abstract."""
+    """Extend, of the project's classes, abstract ones alone."""
     classes = [(module, node) for module in modules.values() for node in _classes(module.tree)]
     concrete = {node.name for _, node in classes if not _is_abstract(node)}
     for module, node in classes:
@@ -192,12 +214,25 @@ def _is_abstract(node: ast.ClassDef) -> bool:
 
 
 def families_are_named_only_at_home(modules: Modules) -> Iterator[str]:
-    """No string outside `families/` is a family's name; the demo runs a concrete command."""
+    """Name a family nowhere outside `families/`, but in the concrete command of the demo."""
     for module in modules.values():
         if not _within(module.name, "gdl_ray.families") and module.name != "infra.demo":
             for node in ast.walk(module.tree):
                 if isinstance(node, ast.Constant) and node.value in FAMILIES:
                     yield f"{module.name}:{node.lineno} names {node.value!r}"
+
+
+def modules_have_a_test_that_mirrors_them(modules: Modules) -> Iterator[str]:
+    """Give a module its test file or a line of the table that says why not, never both."""
+    for name, module in modules.items():
+        if module.mirrored and name in TESTED_ELSEWHERE:
+            yield f"{name} has {_mirror(name)}, and a line in the table too"
+        if not module.mirrored and name not in TESTED_ELSEWHERE and _defines(module.tree):
+            yield f"{name} has no {_mirror(name)}"
+
+
+def _defines(tree: ast.Module) -> bool:
+    return any(isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) for node in tree.body)
 
 
 RULES: list[Rule] = [
@@ -207,6 +242,7 @@ RULES: list[Rule] = [
     code_is_not_made_from_strings,
     classes_are_abstract_or_final,
     families_are_named_only_at_home,
+    modules_have_a_test_that_mirrors_them,
 ]
 
 
@@ -240,6 +276,9 @@ VIOLATIONS: list[tuple[Rule, str, str]] = [
     (classes_are_abstract_or_final, "gdl_ray/families/gan.py", "class A(Net[int]): ..."),
     (families_are_named_only_at_home, "gdl_ray/engine.py", f"if name == {min(FAMILIES)!r}: pass"),
     (families_are_named_only_at_home, "serve/model.py", f"build({min(FAMILIES)!r}, config)"),
+    (modules_have_a_test_that_mirrors_them, "gdl_ray/nn/net.py", "def f(): ..."),
+    (modules_have_a_test_that_mirrors_them, "infra/local.py", "class A: ..."),
+    (modules_have_a_test_that_mirrors_them, "serve/api.py", "class A: ..."),
 ]
 
 CLEAN = {
@@ -249,6 +288,7 @@ CLEAN = {
     "gdl_ray/registry.py": "",
     "serve/model.py": "",
     "jobs/train.py": "",
+    "tests/serve/test_api.py": "",
 }
 
 
@@ -269,4 +309,12 @@ def test_harmless_source_breaks_no_rule(rule: Rule, tmp_path: Path) -> None:
         "import math\nfrom abc import ABC\nimport torch\nfrom gdl_ray.family import Family\n"
         "class A(ABC): ...\nclass B(A, Family): ...\nmodel.eval()\n"
     )
+    (tmp_path / "tests" / "families").mkdir(parents=True)
+    (tmp_path / "tests" / "families" / "test_gan.py").touch()
     assert list(rule(read(tmp_path))) == []
+
+
+def test_the_table_of_what_is_tested_elsewhere_is_about_modules_and_tests_that_exist() -> None:
+    assert TESTED_ELSEWHERE.keys() <= read(PROJECT).keys()
+    named = [re.findall(r"tests/[\w/]+\.py", reason) for reason in TESTED_ELSEWHERE.values()]
+    assert all(files and all((PROJECT / file).exists() for file in files) for files in named)

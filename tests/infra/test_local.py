@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,19 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gdl_ray.home import home as home_of_jobs
 from infra import __main__ as command
 from infra import local
-from infra.processes import Process, end, is_alive, spawn, tree
-
-SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
-PARENT = [
-    sys.executable,
-    "-c",
-    "import subprocess, sys, time\n"
-    "for own in (False, True):\n"
-    "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=own)\n"
-    "time.sleep(600)",
-]
+from infra.processes import end, is_alive, spawn, tree
 
 
 @pytest.fixture
@@ -42,62 +34,44 @@ def home() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def start(command: list[str], folder: Path) -> Process:
-    return spawn(command, folder / "log", os.environ, folder)
-
-
-def wait_for(condition: object) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_end_ends_children_also_those_in_their_own_session(tmp_path: Path) -> None:
-    process = start(PARENT, tmp_path)
-    wait_for(lambda: len(tree(process)) == 3)
-    members = tree(process)
-    assert end(process) == 3
-    assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
-
-
-def test_end_ends_orphans(tmp_path: Path) -> None:
-    process = start(PARENT, tmp_path)
-    wait_for(lambda: len(tree(process)) == 3)
-    own_session = next(
-        member for member in tree(process) if os.getsid(member.pid) == member.pid != process.pid
-    )
-    psutil.Process(process.pid).kill()
-    wait_for(lambda: not is_alive(process))
-    assert end(process) >= 1
-    assert tree(process) == []
-    own_session.kill()
-
-
-def test_end_kills_what_ignores_sigterm(tmp_path: Path) -> None:
-    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
-    process = start([sys.executable, "-c", deaf], tmp_path)
-    wait_for(lambda: (tmp_path / "log").read_text())
-    end(process, grace_s=0.2)
-    assert not is_alive(process)
-
-
-def test_a_process_with_a_recycled_pid_is_left_alone(tmp_path: Path) -> None:
-    stranger = start(SLEEP, tmp_path)
-    recorded = replace(stranger, started_s=stranger.started_s - 60)
-    assert not is_alive(recorded)
-    assert end(recorded) == 0
-    assert is_alive(stranger)
-    end(stranger)
-
-
 def test_down_leaves_a_recycled_pid_alone(home: Path) -> None:
-    stranger = start(SLEEP, home)
-    local.Platform(home, {}, {"ray": replace(stranger, started_s=stranger.started_s - 60)}).save()
+    stranger = spawn(["sleep", "600"], home / "log", os.environ, home)
+    local.Platform(home, {}, {"ray": replace(stranger, started="earlier")}).save()
     assert local.down(home) == {}
     assert is_alive(stranger)
     end(stranger)
+
+
+@pytest.mark.parametrize("value", ["/data/gdl", "~/gdl", "gdl"])
+def test_the_home_is_the_same_to_the_platform_and_to_jobs(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/of-user")
+    monkeypatch.setenv("GDL_RAY_HOME", value)
+    expected = {"/data/gdl": Path("/data/gdl"), "~/gdl": Path("/home/of-user/gdl"), "gdl": tmp_path / "gdl"}
+    assert local.home_dir() == home_of_jobs() == expected[value]
+
+
+def test_an_empty_home_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GDL_RAY_HOME", "")
+    assert home_of_jobs() == tmp_path / ".gdl_ray"
+    assert local.home_dir() == local.PROJECT / ".gdl_ray"
+
+
+def test_what_speaks_no_http_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=_greet, args=[server])
+        thread.start()
+        assert not local.answers(f"http://127.0.0.1:{server.getsockname()[1]}/")
+        thread.join()
+
+
+def _greet(server: socket.socket) -> None:
+    with server.accept()[0] as connection:
+        connection.recv(1000)
+        connection.sendall(b"220 mail.example ready\r\n")
 
 
 def test_a_usual_port_that_is_taken_is_not_chosen() -> None:
@@ -110,7 +84,9 @@ def test_a_usual_port_that_is_taken_is_not_chosen() -> None:
 
 def test_a_failed_start_shows_the_log(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "logs").mkdir()
-    platform = local.Platform(home, {"mlflow": 1}, {"mlflow": start(["/bin/false"], home)})
+    platform = local.Platform(
+        home, {"mlflow": 1}, {"mlflow": spawn(["false"], home / "log", os.environ, home)}
+    )
     platform.log("mlflow").write_text("disk full\n")
     with pytest.raises(local.PlatformError, match=r"(?s)mlflow ended before it answered.*disk full"):
         local._wait_until_healthy(platform, "mlflow")
@@ -154,8 +130,9 @@ def test_the_platform_comes_up_stays_up_and_goes_down(
     assert any("ServeReplica" in name for name, _ in sockets)
     assert {address for _, address in sockets} == {"127.0.0.1"}
 
-    os.kill(platform.processes["mlflow"].pid, signal.SIGKILL)
-    wait_for(lambda: not platform.is_running("mlflow"))
+    mlflow = psutil.Process(platform.processes["mlflow"].pid)
+    mlflow.kill()
+    mlflow.wait(10)
     assert command.main(["status"]) == 1
     assert command.main(["up"]) == 0
     assert local.Platform.load(home).ports == platform.ports
