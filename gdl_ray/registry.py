@@ -77,6 +77,8 @@ SCORES = ("validation/", "test/")
 SAMPLES = "samples"
 """Key under which every run logs its sample grids."""
 
+# MLflow 3 shows runs and their curves first, rather than traces of language models.
+_TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}
 _PATIENCE_S = 600.0  # how long metrics wait for a server that does not answer
 
 
@@ -137,7 +139,7 @@ def _experiment(client: MlflowClient, name: str) -> str:
     if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
     try:
-        return str(client.create_experiment(name))
+        return str(client.create_experiment(name, tags=_TRAINING_PAGE))
     except RestException:  # another job was faster
         found = client.get_experiment_by_name(name)
         if found is None:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 CONNECTIONS = 32
@@ -104,10 +105,10 @@ def mlflow_server(model: str, port: int) -> Iterator[None]:
     """Run `mlflow models serve` on a registered model's champion."""
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", f"models:/{model}@champion"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    # A session of its own, so that its workers end with it.
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    # It starts `uvicorn` from the PATH. A session of its own, so that its workers end with it.
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet, start_new_session=True)
     try:
         wait_for(port, process)
         yield
