@@ -79,6 +79,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         413: "The body is too long.",
         422: "A field is wrong; the answer names it, its value and the cure.",
         429: "Too many samples wait; try again after Retry-After seconds.",
+        503: "The model is being loaded, or cannot be; try again after Retry-After seconds.",
     }.items()
 }
 _ORIGIN = {
@@ -159,7 +160,9 @@ def build_app(catalog: Catalog) -> FastAPI:
             registry_failure=catalog.registry_failure,
         )
 
-    @app.get("/v1/models/{name}", summary="Describe a model", responses={404: _PROBLEMS[404]})
+    @app.get(
+        "/v1/models/{name}", summary="Describe a model", responses={404: _PROBLEMS[404], 503: _PROBLEMS[503]}
+    )
     async def card(name: Name) -> dict[str, Any]:
         raise catalog.not_served(name)
 
