@@ -1,5 +1,6 @@
-"""Where the project keeps what it makes on this machine."""
+"""Where the project keeps what it makes on this machine, and how it keeps it whole."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -32,3 +33,9 @@ def made_whole(folder: Path) -> Iterator[Path]:
             # Another process put its own there meanwhile; it is as good as this one.
             if not folder.exists():
                 raise
+
+
+def file_sha256(path: Path) -> str:
+    """Compute the sha256 sum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

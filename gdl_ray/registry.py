@@ -36,7 +36,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset as LoggedDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException, RestException
-from mlflow.models import ModelSignature, set_model
+from mlflow.models import ModelSignature
+from mlflow.models import set_model as set_model  # for pyfunc.py
 from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 from PIL import Image
@@ -50,23 +51,6 @@ from gdl_ray.home import home, made_whole
 from gdl_ray.train import checkpoint
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
-
-__all__ = [
-    "CHAMPION",
-    "GenerativeModel",
-    "RegistryUnavailable",
-    "Run",
-    "Version",
-    "champions",
-    "check",
-    "describe",
-    "fetch",
-    "register",
-    "set_model",
-    "signature",
-    "start_run",
-    "tracking_uri",
-]
 
 CHAMPION = "champion"
 """Alias of the version that is served."""

@@ -19,30 +19,22 @@ from typing import Any, Generic, TypeVar
 import ray
 import ray.train
 import tyro
-from ray.train import (
-    CheckpointConfig,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-)
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from gdl_ray import families, registry
-from gdl_ray.data import DATASETS, Dataset, evaluation_batches, load
-from gdl_ray.evaluate.likelihood import log_likelihood
+from gdl_ray.data import DATASETS, Dataset, load
 from gdl_ray.families import FAMILIES
 from gdl_ray.family import Likelihood, Optimization
 from gdl_ray.home import home
 from gdl_ray.train.checkpoint import git_commit, load_family
-from gdl_ray.train.loop import SCORE, Budget, Plan
+from gdl_ray.train.loop import SCORE, Budget, Plan, split_nats
+from gdl_ray.train.parallel import World
 from gdl_ray.train.worker import Task, work
 
 Model = TypeVar("Model")
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
-
-
-_TEST_BATCH = 256
 
 
 class UsageError(Exception):
@@ -241,6 +233,7 @@ def _fit(
     options: Options[Any], plan: Plan, name: str, tracked: Any
 ) -> tuple[ray.train.Checkpoint, dict[str, float]]:
     """Train on the cluster; returns the best checkpoint with its metrics."""
+    has_score = issubclass(FAMILIES[options.family], Likelihood)
     task = Task(
         family=options.family, model=options.model, data=options.data, data_root=home() / "data", plan=plan
     )
@@ -257,9 +250,7 @@ def _fit(
             # The last one, to go on from, is kept beside the best, to register.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2,
-                checkpoint_score_attribute=SCORE
-                if issubclass(FAMILIES[options.family], Likelihood)
-                else None,
+                checkpoint_score_attribute=SCORE if has_score else None,
                 checkpoint_score_order="min",
             ),
         ),
@@ -283,17 +274,12 @@ def _test_scores(directory: Path, dataset: Dataset) -> dict[str, float]:
     model = load_family(directory)
     if not isinstance(model, Likelihood):
         return {}
-    batches = evaluation_batches(dataset.splits["test"], batch_size=_TEST_BATCH)
-    nats = log_likelihood(model, (batch.unlabelled() for batch in batches))
+    nats = split_nats(model, dataset.splits["test"], World())
     return {
         "test/negative_log_likelihood_nats": -nats.mean,
         "test/bits_per_dim": -dataset.spec.bits_per_dim(nats.mean),
         "test/bits_per_dim_standard_error": dataset.spec.bits_per_dim(nats.standard_error),
     }
-
-
-def _has_likelihood(options: Options[Any]) -> bool:
-    return issubclass(FAMILIES[options.family], Likelihood)
 
 
 def _params(options: Options[Any]) -> dict[str, str]:

@@ -62,7 +62,7 @@ def load(name: str, version: int) -> Model:
     """Fetch a version from the registry and make it ready to answer; blocks.
 
     Raises:
-        registry.RegistryUnavailable: the version is not on this machine and the registry does not answer.
+        registry.RegistryUnavailable: the registry does not answer.
     """
     family = load_family(registry.fetch(name, version))
     engine = Engine(family)

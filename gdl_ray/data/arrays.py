@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from gdl_ray.family import DataSpec
-from gdl_ray.home import made_whole
+from gdl_ray.home import file_sha256, made_whole
 
 Array = npt.NDArray[np.generic]
 
@@ -66,7 +66,7 @@ def _write_arrays(folder: Path, spec: DataSpec, splits: Mapping[str, Split]) -> 
     sums = {}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-        sums[name] = _sha256(folder / f"{name}.npy")
+        sums[name] = file_sha256(folder / f"{name}.npy")
     description = {
         "format": _FORMAT,
         "spec": spec.to_json(),
@@ -94,7 +94,7 @@ def read(folder: Path) -> Dataset:
         if description["format"] != _FORMAT:
             raise DamagedDataError(f"{folder}: format {description['format']}, this version reads {_FORMAT}")
         for name, expected in description["sha256"].items():
-            if _sha256(folder / f"{name}.npy") != expected:
+            if file_sha256(folder / f"{name}.npy") != expected:
                 raise DamagedDataError(f"{folder / name}.npy does not match its sha256 sum")
         counts = torch.from_numpy(np.load(folder / "counts.npy"))
         return Dataset(
@@ -111,11 +111,6 @@ def _open(folder: Path, name: str) -> Split:
         x=np.load(folder / f"{name}.x.npy", mmap_mode="r"),
         y=np.load(folder / f"{name}.y.npy", mmap_mode="r"),
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(sums: Mapping[str, str]) -> str:

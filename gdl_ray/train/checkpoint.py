@@ -9,7 +9,6 @@
 Tensors are safetensors and the rest is JSON: nothing in a checkpoint is code.
 """
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ from torch import Tensor
 import gdl_ray
 from gdl_ray.families import FAMILIES, build, key_of
 from gdl_ray.family import DataSpec, Family
+from gdl_ray.home import file_sha256
 
 SAMPLES_FILE = "samples.png"
 MODEL_FILES = ("model.safetensors", "config.json", SAMPLES_FILE)
@@ -62,7 +62,7 @@ def save(
     save_file(_contiguous(tensors), resume / "tensors.safetensors")
     (resume / "counters.json").write_text(json.dumps(counters, indent=2) + "\n")
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    manifest = {path.relative_to(directory).as_posix(): _sha256(path) for path in files}
+    manifest = {path.relative_to(directory).as_posix(): file_sha256(path) for path in files}
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -80,7 +80,7 @@ def verify(directory: Path, files: tuple[str, ...] | None = None) -> None:
         path = directory / name
         if not path.is_file():
             raise DamagedCheckpointError(f"checkpoint {directory} lacks {name}")
-        if _sha256(path) != manifest.get(name):
+        if file_sha256(path) != manifest.get(name):
             raise DamagedCheckpointError(f"checkpoint {directory}: {name} does not match its sha256 sum")
 
 
@@ -154,8 +154,3 @@ def _installed_from() -> list[Path]:
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -240,7 +240,7 @@ class Training:
     def _validate(self, dataset: Dataset) -> dict[str, float]:
         if not isinstance(self.average, Likelihood):
             return {}
-        nats = validation_nats(self.average, dataset.splits["validation"], self.world)
+        nats = split_nats(self.average, dataset.splits["validation"], self.world)
         score = -dataset.spec.bits_per_dim(nats.mean)
         self._check_finite(SCORE, score)
         self.stale = 0 if score < self.best else self.stale + 1
@@ -288,8 +288,8 @@ def learning_rate(optimization: Optimization, progress: float) -> float:
     return optimization.learning_rate * max(min(rising, falling), _RATE_FLOOR)
 
 
-def validation_nats(model: Likelihood, split: Split, world: World) -> Nats:
-    """Measure log p(x) over the validation split, each worker a share of it."""
+def split_nats(model: Likelihood, split: Split, world: World) -> Nats:
+    """Measure log p(x) over a split, each worker a share of it."""
     batches = evaluation_batches(split, batch_size=_EVALUATION_BATCH, rank=world.rank, world=world.size)
     mine = log_likelihood(model, (batch.unlabelled().to(world.device) for batch in batches))
     sums = torch.tensor([mine.total, mine.squares, mine.examples], dtype=torch.float64, device=world.device)

@@ -247,7 +247,7 @@ def test_training_stops_when_validation_no_longer_improves(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nats = iter([-90.0, -80.0, -85.0, -81.0, -70.0])  # the second is best; two worse ones end it
-    monkeypatch.setattr(loop, "validation_nats", lambda *_: Nats(next(nats), 0.0, 1.0))
+    monkeypatch.setattr(loop, "split_nats", lambda *_: Nats(next(nats), 0.0, 1.0))
     run = LocalRun(tmp_path)
     plan = replace(PLAN, budget=Budget(steps=1000), patience=2)
     train(build("vae", SMALL, digits.spec), digits, plan, run)
