@@ -11,13 +11,14 @@ how many neighbours it has.
 
 import threading
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from gdl_ray.family import UNLABELLED, Family, State
+from gdl_ray.family import UNLABELLED, Family, Option, State
 from gdl_ray.random import fold
 
 SAMPLES, LIKELIHOOD = 0, 1
@@ -48,6 +49,8 @@ class Job:
 
     seed: int
     labels: Tensor
+    options: Mapping[str, float]
+    """A value of every option that the sampler has."""
     future: "Future[Tensor]" = field(default_factory=Future)
     """Resolves to the samples in the order of the labels, on the CPU: uint8 (n, C, H, W) or int64 (n, T)."""
     admitted: int = 0
@@ -93,9 +96,14 @@ class Engine:
         self._sampler = family.sampler()
         self._device = next((p.device for p in family.parameters()), torch.device("cpu"))
         self._queue_samples = queue_samples
-        # A slot's key, label and step number. The numbers stay on the CPU, where asking them needs no wait.
+        # What a slot holds. Step numbers stay on the CPU, where asking them needs no wait.
         self._keys = torch.zeros(slots, dtype=torch.int64)
         self._labels = torch.full_like(self._keys, UNLABELLED)
+        self._options = {
+            name: torch.full((slots,), float(option.default))
+            for name, option in self._sampler.options.items()
+        }
+        self._steps = torch.full_like(self._keys, self._sampler.steps)
         self._index = torch.zeros_like(self._keys)
         self._state: State = {}
         self._clock = 0
@@ -118,17 +126,23 @@ class Engine:
         """Number of samples under way."""
         return len(self._keys) - len(self._free)
 
-    def submit(self, seed: int, labels: Tensor) -> Job:
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """What may be asked for with `submit`."""
+        return self._sampler.options
+
+    def submit(self, seed: int, labels: Tensor, options: Mapping[str, float] | None = None) -> Job:
         """Ask for one sample per label, with the keys `request_keys(seed, n)`; any thread may.
 
         Args:
             seed: in [0, 2**53 - 1].
             labels: classes, int64 (n,), n of 1 or more, on the CPU; UNLABELLED asks for any.
+            options: those of `self.options` that are not to have their defaults.
 
         Raises:
             QueueFull: the samples do not fit into the queue.
             RuntimeError: the engine is closed.
-            ValueError: the seed or the labels are not as described.
+            ValueError: the seed, the labels or the options are not as described.
         """
         if not 0 <= seed < 2**53:
             raise ValueError(f"seed={seed} must lie in [0, 2**53 - 1]")
@@ -136,7 +150,7 @@ class Engine:
             raise ValueError(f"labels {tuple(labels.shape)} must be (n,), n >= 1")
         if labels.dtype != torch.int64 or labels.device.type != "cpu":
             raise ValueError(f"labels are {labels.dtype} on {labels.device}; they must be int64 on the CPU")
-        job = Job(seed, labels)
+        job = Job(seed, labels, self._sampler.settle(options or {}))
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")
@@ -200,7 +214,8 @@ class Engine:
     def _place(self, job: Job) -> _Run:
         """Give as many of a job's samples as fit a slot."""
         count = min(job.missing, len(self._free))
-        run = _Run(job, job.admitted, self._free[:count], self._clock + self._sampler.steps)
+        end = self._clock + self._sampler.steps_of(job.options)
+        run = _Run(job, job.admitted, self._free[:count], end)
         del self._free[:count]
         self._runs.append(run)
         job.admitted += count
@@ -216,6 +231,10 @@ class Engine:
         self._keys[rows] = fold(torch.tensor(seeds), torch.tensor(numbers))
         self._labels[rows] = torch.cat([run.job.labels[run.first :][: len(run.rows)] for run in runs])
         self._index[rows] = 0
+        for run in runs:
+            self._steps[run.rows] = self._sampler.steps_of(run.job.options)
+            for name, value in run.job.options.items():
+                self._options[name][run.rows] = value
 
     def _drop(self, runs: list[_Run]) -> None:
         """Free the slots of runs."""
@@ -229,10 +248,14 @@ class Engine:
         if fresh.any():
             # A copy, because the state may hold on to what it is given.
             keys, labels = (held.to(self._device, copy=True) for held in (self._keys, self._labels))
-            started = self._sampler.start(keys, labels)
-            self._state = started if fresh.all() else _merge(fresh.to(self._device), started, self._state)
+            options = {name: held.to(self._device, copy=True) for name, held in self._options.items()}
+            started = self._sampler.start(keys, labels, options)
+            if fresh.all():
+                self._state = started
+            else:
+                _replace_rows(self._state, fresh.nonzero().squeeze(1).to(self._device), started)
         self._state = self._sampler.step(self._state, self._index.to(self._device))
-        self._index = (self._index + 1) % self._sampler.steps
+        self._index = (self._index + 1) % self._steps
         self._clock += 1
 
     def _retire(self) -> list[tuple[Job, Tensor]]:
@@ -258,14 +281,15 @@ class Engine:
         # A free row repeats what it held: the key or label that broke the sampler must not stay.
         for held, blank in ((self._keys, 0), (self._labels, UNLABELLED), (self._index, 0)):
             held.fill_(blank)
+        for name, option in self._sampler.options.items():
+            self._options[name].fill_(option.default)
+        self._steps.fill_(self._sampler.steps)
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)
 
 
-def _merge(mask: Tensor, new: State, old: State) -> State:
-    """Take the rows of `new` where the mask, bool (slots,), is set, and those of `old` elsewhere."""
-    return {
-        name: torch.where(mask.view(-1, *[1] * (tensor.dim() - 1)), new[name], tensor)
-        for name, tensor in old.items()
-    }
+def _replace_rows(state: State, rows: Tensor, started: State) -> None:
+    """Put the rows that are new where they belong, int64 (R,); costs what these rows cost, not the state."""
+    for name, tensor in state.items():
+        tensor[rows] = started[name][rows]

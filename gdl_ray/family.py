@@ -17,8 +17,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from gdl_ray.random import uniform
+
 UNLABELLED = -1
 """The label of an example or a sample without one."""
+
+_LABEL_STREAM = 2**31 - 1  # of an example's noise: whether it shows its label
 
 
 class Density(StrEnum):
@@ -99,6 +103,11 @@ class Batch:
         """Leave the labels out."""
         return replace(self, y=torch.full_like(self.y, UNLABELLED))
 
+    def sometimes_unlabelled(self, share: float) -> "Batch":
+        """Leave a share of the labels out, so that one model learns p(x | y) and p(x)."""
+        keep = uniform(self.key, (), _LABEL_STREAM) >= share
+        return replace(self, y=torch.where(keep, self.y, UNLABELLED))
+
 
 @dataclass(frozen=True, slots=True)
 class Losses:
@@ -107,7 +116,7 @@ class Losses:
     loss: Tensor
     """Mean over the batch, a scalar: what the phase minimises."""
     metrics: dict[str, Tensor]
-    """Means over the batch worth watching, detached scalars."""
+    """Means over the batch worth watching, detached scalars; the same names at every step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +137,8 @@ class Optimization:
     """Largest L2 norm of a phase's gradient."""
     ema_decay: float = 0.99
     """Decay of the weight average that is evaluated and served, per step; warmed up over the first steps."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products in training, where the device computes them fast; weights stay float32."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "learning_rate", "clip_norm"):
@@ -153,35 +164,117 @@ class Preset:
 
 
 State = dict[str, Tensor]
-"""Samples under way: every tensor has the batch dimension first."""
+"""Examples under way: every tensor has the batch dimension first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """A number that whoever asks for samples may set, each sample's its own."""
+
+    default: float
+    least: float
+    most: float
+    meaning: str
+    whole: bool = False
+    """Only integers."""
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse a value that is out of range.
+
+        Raises:
+            ValueError: naming the option, its value and the range.
+        """
+        kind = "an integer" if self.whole else "a number"
+        if not self.least <= value <= self.most or (self.whole and value != int(value)):
+            raise ValueError(f"{name}={value:g} must be {kind} from {self.least:g} to {self.most:g}")
+
+
+GUIDANCE = Option(
+    default=1,
+    least=0,
+    most=20,
+    meaning="Weight of the label: 1 samples p(x | y), 0 leaves it out, more exaggerates it.",
+)
+TEMPERATURE = Option(
+    default=1, least=0.01, most=2, meaning="Spread of each draw: below 1 the likelier values gain."
+)
 
 
 class Sampler(ABC):
     """Generation as a step machine.
 
     Each sample carries its own step number, so samples may join and leave the batch between any two steps. A
-    sample depends on its key, its label and its step alone, never on its neighbours in the batch.
+    sample depends on its key, its label, its options and its step alone, never on its neighbours.
     """
 
     steps: int
-    """How many calls of `step` one sample takes."""
+    """How many calls of `step` one sample takes, unless its option `steps` says otherwise."""
+    options: Mapping[str, Option] = {}
+    """What may be set for each sample, by name."""
 
     @abstractmethod
-    def start(self, keys: Tensor, labels: Tensor) -> State:
+    def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
         """Begin samples.
 
         Args:
             keys: noise keys, int64 (B,).
             labels: classes, int64 (B,); UNLABELLED asks for any.
+            options: a value of every one of `self.options` for each sample, float32 (B,).
+
+        Returns:
+            Tensors that own their memory.
         """
 
     @abstractmethod
     def step(self, state: State, index: Tensor) -> State:
-        """Advance each sample by its step number `index`, int64 (B,), in [0, steps - 1]."""
+        """Advance each sample by its step number `index`, int64 (B,), from 0; may overwrite `state`."""
 
     @abstractmethod
     def finish(self, state: State) -> Tensor:
-        """Read off the samples: uint8 (B, C, H, W) or int64 (B, T)."""
+        """Read off the samples: uint8 (B, C, H, W) or int64 (B, T). Of unfinished ones, a preview."""
+
+    def settle(self, asked: Mapping[str, float]) -> dict[str, float]:
+        """Complete options by their defaults.
+
+        Raises:
+            ValueError: naming an option that this family has not, or a value that is out of range.
+        """
+        for name, value in asked.items():
+            if name not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise ValueError(f"{name}={value:g} is no option of this model; it has: {known}")
+            self.options[name].check(name, value)
+        return {name: float(asked.get(name, option.default)) for name, option in self.options.items()}
+
+    def steps_of(self, options: Mapping[str, float]) -> int:
+        """Count the calls of `step` that a sample with these options takes."""
+        return int(options.get("steps", self.steps))
+
+
+@torch.no_grad()
+def draw(
+    sampler: Sampler, keys: Tensor, labels: Tensor | None = None, asked: Mapping[str, float] | None = None
+) -> Tensor:
+    """Run a sampler to its end.
+
+    Args:
+        sampler: of a model in evaluation mode.
+        keys: noise keys, int64 (B,), on the model's device.
+        labels: classes, int64 (B,); all UNLABELLED if None.
+        asked: options other than their defaults, the same for all samples.
+
+    Returns:
+        uint8 (B, C, H, W) or int64 (B, T).
+
+    Raises:
+        ValueError: an option is unknown or out of range.
+    """
+    options = sampler.settle(asked or {})
+    columns = {name: torch.full(keys.shape, value, device=keys.device) for name, value in options.items()}
+    state = sampler.start(keys, torch.full_like(keys, UNLABELLED) if labels is None else labels, columns)
+    for i in range(sampler.steps_of(options)):
+        state = sampler.step(state, torch.full_like(keys, i))
+    return sampler.finish(state)
 
 
 class Family(nn.Module, ABC):
@@ -190,12 +283,35 @@ class Family(nn.Module, ABC):
     density: ClassVar[Density]
     phases: ClassVar[tuple[str, ...]] = ("main",)
     """Losses that one training step minimises in turn, each over its own parameters."""
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    """Kinds of data that it models, as in DataSpec."""
     presets: ClassVar[Mapping[str, Callable[[], Preset]]]
     """Full configurations by dataset name."""
     Config: ClassVar[type]
+    widths: ClassVar[tuple[str, ...]]
+    """Fields of its Config that a larger size multiplies, in multiples of 8."""
+    depths: ClassVar[tuple[str, ...]] = ()
+    """Fields of its Config that a larger size multiplies."""
+    healthy: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Ranges that metrics of `forward` keep to, unless training diverges."""
+    advice: ClassVar[str] = "lower --optimization.learning-rate or --optimization.clip-norm"
+    """What to try when it does."""
 
     config: Any
     spec: DataSpec
+
+    def __init__(self, config: Any, spec: DataSpec):
+        super().__init__()
+        if spec.kind not in self.kinds:
+            raise ValueError(
+                f"{type(self).__name__} models data of the kind {' or '.join(self.kinds)}; "
+                f"{spec.name} is {spec.kind}: choose another family or other data"
+            )
+        self.config = config
+        self.spec = spec
+        self.carried: State = {}
+        """What training takes from step to step beside weights: a row for each example of a worker's batch,
+        continued by the example in the same place of the next batch. Empty until the first step."""
 
     @abstractmethod
     def forward(self, batch: Batch, phase: str = "main") -> Losses:
@@ -209,28 +325,17 @@ class Family(nn.Module, ABC):
         """Yield the parameters that a phase trains; each belongs to exactly one phase."""
         return self.parameters()
 
-    @torch.no_grad()
-    def sample(self, keys: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Draw one sample per key.
-
-        Args:
-            keys: noise keys, int64 (B,).
-            labels: classes, int64 (B,); all UNLABELLED if None.
-
-        Returns:
-            uint8 (B, C, H, W) or int64 (B, T).
-        """
-        sampler = self.sampler()
-        state = sampler.start(keys, torch.full_like(keys, UNLABELLED) if labels is None else labels)
-        for i in range(sampler.steps):
-            state = sampler.step(state, torch.full_like(keys, i))
-        return sampler.finish(state)
+    def sample(self, keys: Tensor, labels: Tensor | None = None, **options: float) -> Tensor:
+        """Draw one sample per key; arguments and result as in `draw`."""
+        return draw(self.sampler(), keys, labels, options)
 
 
 class Likelihood(ABC):
     """A family that reports log p(x)."""
 
     likelihood_kind: ClassVar[LikelihoodKind]
+    quick_samples: ClassVar[int] = 1
+    """Monte-Carlo samples an example that make a figure good enough to compare two checkpoints by."""
 
     @abstractmethod
     def log_likelihood(self, batch: Batch, samples: int = 1) -> Tensor:
@@ -245,13 +350,47 @@ class Likelihood(ABC):
         """
 
 
-class Latent(ABC):
-    """A family with a latent space."""
+class Unnormalized(Likelihood):
+    """A family whose log p(x) needs a constant that is estimated, once for given weights."""
+
+    @abstractmethod
+    def normalize(self) -> None:
+        """Estimate the constant and keep it in a buffer, which is saved with the weights."""
+
+
+class Decoder(ABC):
+    """A family that turns latents into data."""
+
+    @abstractmethod
+    def decode(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Map latents, float (B, D), to the data they stand for, as in Batch."""
+
+
+class Latent(Decoder):
+    """A family with a latent space that data map to."""
 
     @abstractmethod
     def encode(self, x: Tensor, labels: Tensor) -> Tensor:
         """Map data, as in Batch, to latents: float (B, D)."""
 
+
+class Completion(ABC):
+    """A family that fills in what is missing of an example."""
+
     @abstractmethod
-    def decode(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Map latents, float (B, D), to the data they stand for, as in Batch."""
+    def completion(self, x: Tensor, known: Tensor) -> Sampler:
+        """Make the step machine that draws what is unknown, and keeps what is known.
+
+        Args:
+            x: examples as in Batch; their unknown values are not read.
+            known: bool, the shape of x.
+
+        Returns:
+            A sampler that is started with as many keys as there are examples.
+        """
+
+    def complete(
+        self, x: Tensor, known: Tensor, keys: Tensor, labels: Tensor | None = None, **options: float
+    ) -> Tensor:
+        """Draw one completion per example; further arguments and result as in `draw`."""
+        return draw(self.completion(x, known), keys, labels, options)

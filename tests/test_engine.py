@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ class Walk(Sampler):
         self.steps = steps
         self.before_step = before_step
 
-    def start(self, keys: Tensor, labels: Tensor) -> State:
+    def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
         assert (labels < SPEC.classes).all(), "no such class"
         return {"key": fold(keys, labels + 1), "steps_taken": torch.zeros_like(keys)}
 
@@ -47,7 +47,7 @@ class Net(Sampler):
         self.net = net
         self.steps = 2
 
-    def start(self, keys: Tensor, labels: Tensor) -> State:
+    def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
         return {"x": normal(keys, (1, 8, 8)), "key": keys}
 
     def step(self, state: State, index: Tensor) -> State:
@@ -62,10 +62,10 @@ class Fake(Family):
     density = Density.IMPLICIT
     presets: ClassVar[dict[str, Any]] = {}
     Config = dict
+    widths = ()
 
     def __init__(self, make: Callable[[], Sampler]) -> None:
-        super().__init__()
-        self.spec = SPEC
+        super().__init__({}, SPEC)
         self.make = make
 
     def forward(self, batch: Batch, phase: str = "main") -> Losses:

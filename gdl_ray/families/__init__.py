@@ -1,6 +1,7 @@
 """The table of families: the only place that maps a name to code."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,19 @@ def build(key: str, config: Any, spec: DataSpec, seed: int = 0) -> Family:
         return FAMILIES[key](config, spec)
 
 
-def preset(key: str, dataset: str) -> Preset:
-    """Choose a family's configuration for a named dataset."""
-    return FAMILIES[key].presets[dataset]()
+def preset(key: str, dataset: str, size: float = 1.0) -> Preset:
+    """Choose a family's configuration for a named dataset.
+
+    Args:
+        key: of the family.
+        dataset: one of its presets.
+        size: what to multiply the width and the depth of its network by.
+    """
+    kind = FAMILIES[key]
+    chosen = kind.presets[dataset]()
+    fields = dict.fromkeys(kind.widths, 8) | dict.fromkeys(kind.depths, 1)
+    scaled = {
+        name: max(unit, unit * round(getattr(chosen.model, name) * size / unit))
+        for name, unit in fields.items()
+    }
+    return chosen if size == 1 else replace(chosen, model=replace(chosen.model, **scaled))

@@ -13,6 +13,7 @@ References:
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ from gdl_ray.random import normal, uniform
 __all__ = ["VAE", "VAEConfig"]
 
 # What the noise of an example or a sample is for.
-_LABEL, _POSTERIOR = 0, 1
+_POSTERIOR = 1
 _PRIOR, _PIXELS = 0, 1
 
 _LOG_SCALE_RANGE = (-7.0, 4.0)
@@ -88,11 +89,10 @@ class VAE(Family, Likelihood, Latent):
     likelihood_kind = LikelihoodKind.LOWER_BOUND
     presets = {"digits": digits, "mnist": mnist}
     Config = VAEConfig
+    widths = ("width", "hidden")
 
     def __init__(self, config: VAEConfig, spec: DataSpec):
-        super().__init__()
-        self.config = config
-        self.spec = spec
+        super().__init__(config, spec)
         # The last embedding stands for "no label".
         self.encoder_class = nn.Embedding(spec.classes + 1, config.hidden)
         self.decoder_class = nn.Embedding(spec.classes + 1, config.hidden)
@@ -104,8 +104,7 @@ class VAE(Family, Likelihood, Latent):
         self.marginal = nn.Parameter(_marginal(spec))
 
     def forward(self, batch: Batch, phase: str = "main") -> Losses:
-        keep = uniform(batch.key, (), _LABEL) >= self.config.label_drop
-        y = torch.where(keep, batch.y, UNLABELLED)
+        y = batch.sometimes_unlabelled(self.config.label_drop).y
         mean, log_scale = self._posterior(batch.x, y)
         z = mean + log_scale.exp() * normal(batch.key, (self.config.latent,), _POSTERIOR)
         reconstruction = self._log_prob(batch.x, z, y).mean()
@@ -173,7 +172,7 @@ class _AncestralSampler(Sampler):
     def __init__(self, model: VAE):
         self.model = model
 
-    def start(self, keys: Tensor, labels: Tensor) -> State:
+    def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
         x = torch.zeros(len(keys), *self.model.spec.shape, dtype=torch.uint8, device=keys.device)
         return {"key": keys, "label": labels, "x": x}
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,11 +22,14 @@ from torch import Tensor, nn
 
 from gdl_ray.data import Dataset, Split, evaluation_batches, training_batch
 from gdl_ray.evaluate.likelihood import Nats, log_likelihood
-from gdl_ray.family import Batch, Family, Likelihood, Losses, Optimization
+from gdl_ray.family import Batch, Family, Likelihood, Losses, Optimization, State, Unnormalized
 from gdl_ray.images import png_grid
 from gdl_ray.random import fold
 from gdl_ray.train import checkpoint
-from gdl_ray.train.parallel import World, distribute, require_grad
+from gdl_ray.train.parallel import World, distribute, fast_matrix_products, require_grad
+
+Clock = Callable[[], float]
+"""Tells the time in seconds since any moment."""
 
 SCORE = "validation/bits_per_dim"
 """The metric that tells the best checkpoint, lower is better; only families with a likelihood report it."""
@@ -96,7 +100,7 @@ class Reporter(Protocol):
 
 
 class DivergenceError(Exception):
-    """A loss is no longer finite; raised on all workers at the same step."""
+    """A metric is no longer finite or healthy; raised on all workers at the same step."""
 
 
 def train(
@@ -106,6 +110,7 @@ def train(
     report: Reporter,
     resume: Path | None = None,
     world: World | None = None,
+    clock: Clock = time.perf_counter,
 ) -> None:
     """Train a model until its budget is spent or validation stops improving.
 
@@ -116,17 +121,18 @@ def train(
         report: told every `report_every` steps; it keeps the checkpoints that it is handed.
         resume: a checkpoint to go on from.
         world: this worker among its peers; alone by default.
+        clock: what a budget of seconds is measured with.
 
     Raises:
         ValueError: if the workers do not divide the batch.
-        DivergenceError: if a loss is no longer finite.
+        DivergenceError: if a loss is no longer finite, or a metric no longer healthy.
         DamagedCheckpointError: if `resume` is.
     """
     world = world or World()
     batch_size = plan.optimization.batch_size
     if batch_size % world.size:
         raise ValueError(f"batch_size={batch_size} is not a multiple of the {world.size} workers")
-    training = Training(family.to(world.device), plan, world)
+    training = Training(family.to(world.device), plan, world, clock)
     if resume:
         training.restore(resume)
     split = dataset.splits["train"]
@@ -149,7 +155,7 @@ def train(
 class Training:
     """Everything that changes while a model trains: saved in a checkpoint, restored from it."""
 
-    def __init__(self, family: Family, plan: Plan, world: World):
+    def __init__(self, family: Family, plan: Plan, world: World, clock: Clock = time.perf_counter):
         self.family = family
         self.average = copy.deepcopy(family).eval().requires_grad_(False)
         self.plan = plan
@@ -158,7 +164,7 @@ class Training:
         self.best = math.inf
         self.stale = 0  # validations since the best one
         self.ended = False
-        self.clock = Stopwatch()
+        self.clock = Stopwatch(clock)
         self._modules = {phase: distribute(family, phase, world) for phase in family.phases}
         self._optimizers = {phase: _optimizer(family, phase, plan.optimization) for phase in family.phases}
         self._sums: dict[str, Tensor] = {}  # of metrics since the last report
@@ -171,7 +177,8 @@ class Training:
         self.family.train()
         for phase in self.family.phases:
             require_grad(self.family, phase)
-            losses = self._modules[phase](batch, phase)
+            with fast_matrix_products(self.world.device, self.plan.optimization.precision):
+                losses = self._modules[phase](batch, phase)
             losses.loss.backward()
             self._update(phase, rate)
             self._record(phase, losses)
@@ -214,7 +221,8 @@ class Training:
         due = self.ended or self.step % self.plan.checkpoint_every == 0
         if due:
             metrics |= self._validate(dataset)
-        return Report(self.step, metrics, self._write if due else None)
+        write = partial(self._write, self._gather_carried()) if due else None
+        return Report(self.step, metrics, write)
 
     def read_metrics(self) -> dict[str, float]:
         """Average the metrics since the last reading, over steps and workers."""
@@ -223,33 +231,42 @@ class Training:
         values = (sums / (steps * self.world.size)).tolist()
         metrics = dict(zip(self._sums, values, strict=True))
         for name, value in metrics.items():
-            self._check_finite(name, value)
+            self._check_health(name, value)
         rate = steps * self.plan.optimization.batch_size / self.clock.lap()
         self._sums, self._first = {}, self.step
         return metrics | {"progress": self._progress, "seconds": self.clock.seconds, "examples_per_s": rate}
 
-    def _check_finite(self, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            optimization = self.plan.optimization
-            raise DivergenceError(
-                f"{name} is {value} within steps {self._first + 1} to {self.step}: training diverged; "
-                f"lower --optimization.learning-rate (now {optimization.learning_rate:g}) or "
-                f"--optimization.clip-norm (now {optimization.clip_norm:g})"
-            )
+    def _check_health(self, name: str, value: float) -> None:
+        least, most = self.family.healthy.get(name.rpartition("/")[2], (-math.inf, math.inf))
+        if math.isfinite(value) and least <= value <= most:
+            return
+        healthy = "" if math.isinf(most) else f" (healthy: {least:g} to {most:g})"
+        optimization = self.plan.optimization
+        raise DivergenceError(
+            f"{name} is {value:.4g}{healthy} within steps {self._first + 1} to {self.step}: "
+            f"training diverged; {self.family.advice} (learning rate now {optimization.learning_rate:g}, "
+            f"clip norm {optimization.clip_norm:g})"
+        )
 
     def _validate(self, dataset: Dataset) -> dict[str, float]:
         if not isinstance(self.average, Likelihood):
             return {}
+        if isinstance(self.average, Unnormalized):
+            self.average.normalize()
         nats = split_nats(self.average, dataset.splits["validation"], self.world)
         score = -dataset.spec.bits_per_dim(nats.mean)
-        self._check_finite(SCORE, score)
+        self._check_health(SCORE, score)
         self.stale = 0 if score < self.best else self.stale + 1
         self.best = min(score, self.best)
         self.ended = self.ended or self.stale >= self.plan.patience
         return {SCORE: score}
 
-    def _write(self, directory: Path) -> None:
+    def _gather_carried(self) -> State:
+        return {name: self.world.gather(rows) for name, rows in sorted(self.family.carried.items())}
+
+    def _write(self, carried: State, directory: Path) -> None:
         tensors = {f"weights/{name}": tensor for name, tensor in self.family.state_dict().items()}
+        tensors |= {f"carried/{name}": rows for name, rows in carried.items()}
         for phase, optimizer in self._optimizers.items():
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer/{phase}/{index}/{name}": value for name, value in state.items()}
@@ -268,6 +285,10 @@ class Training:
         average, tensors, counters = checkpoint.load_resume(directory)
         self.average.load_state_dict(average)
         self.family.load_state_dict(_below("weights/", tensors))
+        self.family.carried = {
+            name: self.world.share(rows).to(self.world.device)
+            for name, rows in _below("carried/", tensors).items()
+        }
         for phase, optimizer in self._optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
             for path, value in _below(f"optimizer/{phase}/", tensors).items():
@@ -278,7 +299,7 @@ class Training:
         self.best = math.inf if counters["best"] is None else counters["best"]
         self.stale = counters["stale"]
         self.ended, self._progress = counters["ended"], counters["progress"]
-        self.clock = Stopwatch(counters["seconds"])
+        self.clock = Stopwatch(self.clock.now, counters["seconds"])
 
 
 def learning_rate(optimization: Optimization, progress: float) -> float:
@@ -291,7 +312,8 @@ def learning_rate(optimization: Optimization, progress: float) -> float:
 def split_nats(model: Likelihood, split: Split, world: World) -> Nats:
     """Measure log p(x) over a split, each worker a share of it."""
     batches = evaluation_batches(split, batch_size=_EVALUATION_BATCH, rank=world.rank, world=world.size)
-    mine = log_likelihood(model, (batch.unlabelled().to(world.device) for batch in batches))
+    unlabelled = (batch.unlabelled().to(world.device) for batch in batches)
+    mine = log_likelihood(model, unlabelled, model.quick_samples)
     sums = torch.tensor([mine.total, mine.squares, mine.examples], dtype=torch.float64, device=world.device)
     return Nats(*world.sum(sums).tolist())
 
@@ -323,15 +345,16 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Stopwatch:
     """Seconds spent on steps."""
 
-    def __init__(self, seconds: float = 0.0):
+    def __init__(self, now: Clock = time.perf_counter, seconds: float = 0.0):
+        self.now = now
         self._counted = seconds
-        self._since: float | None = time.perf_counter()
+        self._since: float | None = now()
         self._lap = seconds
 
     @property
     def seconds(self) -> float:
         """Seconds counted so far."""
-        return self._counted + (0.0 if self._since is None else time.perf_counter() - self._since)
+        return self._counted + (0.0 if self._since is None else self.now() - self._since)
 
     def lap(self) -> float:
         """Seconds counted since the last lap."""
@@ -346,4 +369,4 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._since = time.perf_counter()
+            self._since = self.now()

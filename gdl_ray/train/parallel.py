@@ -1,6 +1,9 @@
 """Data parallelism: one DistributedDataParallel wrapper per phase, over that phase's parameters alone."""
 
+import logging
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,18 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Lay the workers' rows one below the other."""
+        if self.size == 1:
+            return rows
+        shares = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(shares, rows.contiguous())
+        return torch.cat(shares)
+
+    def share(self, rows: Tensor) -> Tensor:
+        """Take this worker's rows of what `gather` made, with any number of workers."""
+        return rows.chunk(self.size)[self.rank]
 
     def from_first(self, value: float) -> float:
         """Agree on the first worker's value."""
@@ -51,3 +66,17 @@ def distribute(family: Family, phase: str, world: World) -> nn.Module:
         return family
     require_grad(family, phase)
     return DistributedDataParallel(family, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def fast_matrix_products(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Compute matrix products in a precision, or in float32 where the processor is slow at it."""
+    low = precision == "bfloat16" and _has_bfloat16(device.type)
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+
+@lru_cache
+def _has_bfloat16(device: str) -> bool:
+    fast = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported()
+    if not fast:
+        logging.getLogger(__name__).warning("this %s is slow at bfloat16: training in float32", device)
+    return bool(fast)

@@ -1,7 +1,7 @@
 """A model that draws in steps, knows its likelihood, and can be held up."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -37,7 +37,7 @@ class Drawing(Sampler):
         self.spec = spec
         self.gate = gate
 
-    def start(self, keys: Tensor, labels: Tensor) -> State:
+    def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
         return {"x": uniform(keys, self.spec.shape), "label": labels}
 
     def step(self, state: State, index: Tensor) -> State:
@@ -54,10 +54,11 @@ class Implicit(Family):
     density = Density.IMPLICIT
     presets: ClassVar[dict[str, Any]] = {}
     Config = dict
+    kinds = ("image", "tokens")
+    widths = ()
 
     def __init__(self, spec: DataSpec = IMAGES) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__({}, spec)
         self.gate = threading.Event()
         self.gate.set()
 

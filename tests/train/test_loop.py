@@ -181,11 +181,10 @@ class Duel(Family):
     phases = ("critic", "generator")
     presets: ClassVar[dict[str, Any]] = {}
     Config = dict
+    widths = ()
 
     def __init__(self, spec: DataSpec) -> None:
-        super().__init__()
-        self.config: dict[str, Any] = {}
-        self.spec = spec
+        super().__init__({}, spec)
         self.critic = nn.Sequential(nn.Linear(64, 16), nn.SiLU(), nn.Linear(16, 1))
         self.generator = nn.Linear(8, 64)
 

@@ -1,0 +1,119 @@
+"""A causal transformer that is trained on whole sequences and sampled token by token from a cache.
+
+Blocks are pre-normalised and start as the identity. Position t sees positions 0 to t.
+
+References:
+    Vaswani et al. Attention Is All You Need. 2017. https://arxiv.org/abs/1706.03762
+    Xiong et al. On Layer Normalization in the Transformer Architecture. 2020. https://arxiv.org/abs/2002.04745
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdl_ray.nn.dropout import dropout
+
+
+class CausalTransformer(nn.Module):
+    """Maps sequences to sequences, each position a function of itself and those before it.
+
+    Args:
+        width: of every position; a multiple of `heads`.
+        depth: number of blocks.
+        heads: attention heads.
+        dropout: share of what each block adds that is dropped in training.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width={width} must be a multiple of heads={heads}")
+        self.width = width
+        self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, h: Tensor, key: Tensor | None = None, stream: int = 0) -> Tensor:
+        """Map sequences of shape (B, T, width) to sequences of that shape.
+
+        Args:
+            h: the sequences.
+            key: noise keys for dropout, int64 of shape (B,); None drops nothing.
+            stream: first of the `2 * depth` noise streams that dropout uses.
+        """
+        for i, block in enumerate(self.blocks):
+            h = block(h, key, stream + 2 * i)
+        normed: Tensor = self.norm(h)
+        return normed
+
+    def empty_cache(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """Make the cache of sequences of at most `length` positions: zeros, (B, depth, 2, length, width)."""
+        return torch.zeros(batch, len(self.blocks), 2, length, self.width, device=device)
+
+    def step(self, h: Tensor, cache: Tensor, index: Tensor) -> Tensor:
+        """Compute one position of each sequence as `forward` would, without gradient to the others.
+
+        Args:
+            h: the position's input, shape (B, width).
+            cache: of the positions before it; this one is written into it.
+            index: number of the position, int64 of shape (B,); each sequence has its own.
+
+        Returns:
+            The position's output, shape (B, width).
+        """
+        for i, block in enumerate(self.blocks):
+            h = cast(_Block, block).step(h, cache[:, i], index)
+        normed: Tensor = self.norm(h)
+        return normed
+
+
+class _Block(nn.Module):
+    """Attention, then a network of two layers, each added to its input."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = _zero(nn.Linear(width, width))
+        self.norm_mlp = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = _zero(nn.Linear(4 * width, width))
+
+    def forward(self, h: Tensor, key: Tensor | None, stream: int) -> Tensor:
+        B, T, width = h.shape
+        qkv = self.qkv(self.norm_attention(h)).view(B, T, 3, self.heads, width // self.heads)
+        # Not in bfloat16 on a CPU, where the gradient of that is slow.
+        on_cpu = h.device.type == "cpu"
+        with torch.autocast(h.device.type, enabled=False):
+            q, k, v = (qkv.float() if on_cpu else qkv).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = attended.transpose(1, 2).reshape(B, T, width)
+        h = h + dropout(self.out(attended), self.dropout, key, stream)
+        return h + dropout(self._mlp(h), self.dropout, key, stream + 1)
+
+    def step(self, h: Tensor, cache: Tensor, index: Tensor) -> Tensor:
+        """Take one position, (B, width), with the cache of this block, (B, 2, T, width)."""
+        B, width = h.shape
+        q, k, v = self.qkv(self.norm_attention(h)).chunk(3, dim=1)
+        rows = torch.arange(B, device=h.device)
+        cache[rows, 0, index], cache[rows, 1, index] = k, v
+        keys, values = cache.view(B, 2, -1, self.heads, width // self.heads).permute(1, 0, 3, 2, 4)
+        seen = torch.arange(cache.shape[2], device=h.device) <= index[:, None]
+        attended = F.scaled_dot_product_attention(
+            q.view(B, self.heads, 1, -1), keys, values, attn_mask=seen[:, None, None]
+        )
+        h = h + self.out(attended.reshape(B, width))
+        return h + self._mlp(h)
+
+    def _mlp(self, h: Tensor) -> Tensor:
+        added: Tensor = self.down(F.silu(self.up(self.norm_mlp(h))))
+        return added
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
