@@ -45,7 +45,7 @@ class Client:
         return listed
 
     def sample(
-        self, model: str, n: int = 16, seed: int | None = None, label: int | None = None
+        self, model: str, n: int = 16, seed: int | None = None, label: int | None = None, **options: float
     ) -> NDArray[np.uint8] | NDArray[np.int64]:
         """Draw samples.
 
@@ -54,6 +54,7 @@ class Client:
             n: how many.
             seed: in [0, 2**53 - 1]; the same seed and model version give the same samples. Random if None.
             label: the class to draw; any if None.
+            options: options of the model, such as guidance=2 or steps=50; its card lists them.
 
         Returns:
             Images, uint8 (n, C, H, W), or tokens, int64 (n, T), in [0, levels - 1].
@@ -62,7 +63,7 @@ class Client:
             ServerProblem: the server refuses.
             httpx.TransportError: the server does not answer.
         """
-        asked = {"n": n, "seed": seed, "label": label, "format": "npy"}
+        asked = {"n": n, "seed": seed, "label": label, "format": "npy", **options}
         response = self._request("POST", f"/v1/models/{quote(model, safe='')}/sample", asked)
         array: NDArray[np.uint8] | NDArray[np.int64] = np.load(
             io.BytesIO(response.content), allow_pickle=False

@@ -273,13 +273,21 @@ def _log_version(name: str, family: Family, directory: Path) -> int:
 
 
 def signature(family: Family) -> ModelSignature:
-    """Describe `GenerativeModel.predict`: a row per sample, with its label; the seed is a parameter."""
+    """Describe `GenerativeModel.predict`: a row per sample, with its label; parameters for the rest."""
     spec = family.spec
     dtype = np.dtype(np.uint8 if spec.kind == "image" else np.int64)
     return ModelSignature(
         inputs=Schema([ColSpec("long", "label")]),
         outputs=Schema([TensorSpec(dtype, (-1, *spec.shape))]),
-        params=ParamSchema([ParamSpec("seed", "long", 0)]),
+        params=ParamSchema(
+            [
+                ParamSpec("seed", "long", 0),
+                *(
+                    ParamSpec(name, "double", option.default)
+                    for name, option in family.sampler().options.items()
+                ),
+            ]
+        ),
     )
 
 
@@ -304,7 +312,8 @@ class GenerativeModel(PythonModel):
         Args:
             context: not used.
             model_input: column `label`, a row per sample; -1 asks for any class.
-            params: `seed`, an int; 0 if left out. The samples are those of the HTTP service for that seed.
+            params: `seed`, an int; 0 if left out; and options of the sampler. The samples are those of the
+                HTTP service for the same.
 
         Returns:
             uint8 (B, C, H, W) or int64 (B, T).
@@ -312,8 +321,9 @@ class GenerativeModel(PythonModel):
         labels = torch.tensor(model_input["label"].to_numpy(np.int64))
         if not ((labels >= UNLABELLED) & (labels < self._family.spec.classes)).all():
             raise ValueError(f"label must lie in [0, {self._family.spec.classes - 1}], or be -1 for any")
-        keys = request_keys(int((params or {}).get("seed", 0)), len(labels))
-        samples: npt.NDArray[Any] = self._family.sample(keys, labels).numpy()
+        options = dict(params or {})
+        keys = request_keys(int(options.pop("seed", 0)), len(labels))
+        samples: npt.NDArray[Any] = self._family.sample(keys, labels, **options).numpy()
         return samples
 
 

@@ -25,7 +25,7 @@ from ray.train.torch import TorchTrainer
 from gdl_ray import families, registry
 from gdl_ray.data import DATASETS, Dataset, load
 from gdl_ray.families import FAMILIES
-from gdl_ray.family import Likelihood, Optimization
+from gdl_ray.family import Likelihood, Optimization, Preset
 from gdl_ray.home import home
 from gdl_ray.train.checkpoint import git_commit, load_family
 from gdl_ray.train.loop import SCORE, Budget, Plan, split_nats
@@ -33,6 +33,9 @@ from gdl_ray.train.parallel import World
 from gdl_ray.train.worker import Task, work
 
 Model = TypeVar("Model")
+
+MAX_SIZE = 16.0
+"""Largest factor of a preset's width and depth; its weights grow with the third power."""
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -53,6 +56,8 @@ class Options(Generic[Model]):
     """Key of the family."""
     data: str = "digits"
     """Name of the dataset."""
+    size: float = 1.0
+    """Multiplies width and depth of the preset's network."""
     workers: int = 1
     """Ray Train workers; they share each batch."""
     cpus: int = 1
@@ -101,17 +106,16 @@ def parse(arguments: Sequence[str]) -> Options[Any]:
     family = words[0] if words else next(iter(FAMILIES))
     known = ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--data", default="digits")
-    data = known.parse_known_args(arguments)[0].data
-    if data not in DATASETS:
-        raise UsageError(f"unknown dataset --data {data}: choose from {', '.join(DATASETS)}")
-    preset = families.preset(family, data)
+    known.add_argument("--size", default="1")
+    given = known.parse_known_args(arguments)[0]
+    preset = _preset(family, given.data, given.size)
     kind: Any = Options[FAMILIES[family].Config]  # type: ignore[misc]  # the command line decides the type
     options: Options[Any] = tyro.cli(
         kind,
         args=arguments,
         default=Options(
             family=tyro.MISSING,
-            data=data,
+            data=given.data,
             steps=preset.steps,
             model=preset.model,
             optimization=preset.optimization,
@@ -121,6 +125,24 @@ def parse(arguments: Sequence[str]) -> Options[Any]:
     if options.family != family:
         raise UsageError(f"unknown family {options.family!r}: choose from {', '.join(FAMILIES)}")
     return options
+
+
+def _preset(family: str, data: str, size: str) -> Preset:
+    if data not in DATASETS:
+        raise UsageError(f"unknown dataset --data {data}: choose from {', '.join(DATASETS)}")
+    if data not in FAMILIES[family].presets:
+        able = [key for key, kind in FAMILIES.items() if data in kind.presets]
+        raise UsageError(f"{family} has no preset for --data {data}: choose from {', '.join(able)}")
+    try:
+        factor = float(size)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor <= MAX_SIZE:
+        raise UsageError(f"--size {size}: write a factor above 0, at most {MAX_SIZE:g}, such as 0.5 or 2")
+    try:
+        return families.preset(family, data, factor)
+    except ValueError as error:
+        raise UsageError(f"--size {size}: {error}") from error
 
 
 def check(options: Options[Any]) -> tuple[Plan, Dataset]:

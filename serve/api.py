@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 
+from gdl_ray.family import Option
 from gdl_ray.images import png_grid
 
 MAX_SAMPLES = 1024
@@ -47,7 +48,13 @@ class _Request(BaseModel):
 
 
 class SampleRequest(_Request):
-    """Body of `sample`; an empty body asks for the defaults."""
+    """Body of `sample`; an empty body asks for the defaults.
+
+    Further fields are the options of the model, such as `guidance` or `steps`: its card lists them.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    __pydantic_extra__: dict[str, float] = Field(init=False)
 
     n: int = Field(default=16, ge=1, le=MAX_SAMPLES, description="How many samples to draw.")
     seed: Seed | None = Field(
@@ -57,6 +64,11 @@ class SampleRequest(_Request):
     format: Format | None = Field(
         default=None, description="Encoding of the response; by the Accept header, else png, if left out."
     )
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What is asked of the model's own options."""
+        return self.__pydantic_extra__
 
 
 class LikelihoodRequest(_Request):
@@ -221,6 +233,27 @@ def check_labels(labels: list[int], classes: int, field: str) -> None:
             raise invalid(FieldProblem(field=field, value=str(label), cure=cure))
 
 
+def check_options(asked: Mapping[str, float], options: Mapping[str, Option]) -> None:
+    """Check that a request sets options that the model has, to values in their range.
+
+    Raises:
+        Problem: 422, naming each that is unknown or out of range.
+    """
+    wrong = []
+    for name, value in asked.items():
+        if name not in options:
+            known = [*SampleRequest.model_fields, *options]
+            cure = f"Unknown field; this model knows {', '.join(known)}"
+            wrong.append(FieldProblem(field=name, value=f"{value:g}", cure=cure))
+            continue
+        try:
+            options[name].check(name, value)
+        except ValueError as error:
+            wrong.append(FieldProblem(field=name, value=f"{value:g}", cure=str(error)))
+    if wrong:
+        raise invalid(*wrong)
+
+
 def check_examples(x: list[Any], shape: tuple[int, ...], levels: int) -> NDArray[np.int64]:
     """Turn nested lists into an array of examples.
 
@@ -257,7 +290,7 @@ def accepted_format(accept: str) -> Format | None:
 
 
 def encode(
-    samples: NDArray[Any], encoding: Format, levels: int, origin: Mapping[str, str | int | None]
+    samples: NDArray[Any], encoding: Format, levels: int, origin: Mapping[str, str | float | None]
 ) -> tuple[bytes, str]:
     """Encode samples.
 

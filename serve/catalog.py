@@ -94,6 +94,7 @@ _ORIGIN = {
         ),
         ("X-N", "integer", "Number of samples."),
         ("X-Label", "integer", "Class of the samples, if one was asked for."),
+        ("X-Guidance", "number", "And so on: the value of each option that the model has."),
     ]
 }
 _SAMPLES = {
@@ -175,6 +176,7 @@ def build_app(catalog: Catalog) -> FastAPI:
             {
                 "a grid of 64": {"n": 64, "seed": 7, "format": "png"},
                 "four of class 3 as an array": {"n": 4, "label": 3, "format": "npy"},
+                "the label exaggerated, where the model has guidance": {"n": 16, "label": 3, "guidance": 2.0},
             },
         ),
     )

@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from typing import Any, get_args
 
@@ -19,13 +19,16 @@ from starlette.types import Receive, Scope, Send
 
 from gdl_ray.engine import LIKELIHOOD, Engine, QueueFull, request_keys
 from gdl_ray.families import key_of
-from gdl_ray.family import UNLABELLED, Batch, Family, Likelihood
+from gdl_ray.family import UNLABELLED, Batch, Completion, Decoder, Family, Latent, Likelihood
 from serve import api
 
 MAX_LIKELIHOODS = 8
 """Most likelihood requests that are held at a time; they are worked off one by one."""
 LIKELIHOOD_BATCH = 256
 """Most examples of a request whose likelihoods are computed at a time, which bounds their memory."""
+
+CAPABILITIES = (Likelihood, Decoder, Latent, Completion)
+"""What a family may be able to do besides sampling."""
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,8 @@ class Model:
             "density": self.family.density,
             "likelihood": likelihood,
             "operations": ["sample", *(["log_likelihood"] if likelihood else [])],
+            "capabilities": [kind.__name__.lower() for kind in CAPABILITIES if isinstance(self.family, kind)],
+            "options": {name: asdict(option) for name, option in self.engine.options.items()},
             "formats": self.formats,
             "data": self.family.spec.to_json(),
             "limits": {
@@ -134,6 +139,7 @@ class ModelApp:
         spec = model.family.spec
         if asked.label is not None:
             api.check_labels([asked.label], spec.classes, "label")
+        api.check_options(asked.options, model.engine.options)
         encoding = asked.format or api.accepted_format(request.headers.get("accept", "")) or model.formats[0]
         if encoding not in model.formats:
             cure = f"Ask for {', '.join(model.formats)}: these samples are not images of 1 or 3 channels"
@@ -141,23 +147,24 @@ class ModelApp:
         seed = secrets.randbelow(api.MAX_SEED + 1) if asked.seed is None else asked.seed
         labels = torch.full((asked.n,), UNLABELLED if asked.label is None else asked.label)
         try:
-            job = model.engine.submit(seed, labels)
+            job = model.engine.submit(seed, labels, asked.options)
         except QueueFull as full:
             raise api.busy(f"{full}. Try again in a second.") from None
         # Cancelled with the request when its client is gone, which frees its slots.
         samples = (await asyncio.wrap_future(job.future)).numpy()
-        origin: dict[str, str | int | None] = {
+        origin: dict[str, str | float | None] = {
             "model": model.name,
             "version": model.version,
             "seed": seed,
             "n": asked.n,
             "label": asked.label,
+            **job.options,
         }
         if samples.size <= 2**16 and encoding != "png":
             content, media_type = api.encode(samples, encoding, spec.levels, origin)
         else:
             content, media_type = await asyncio.to_thread(api.encode, samples, encoding, spec.levels, origin)
-        headers = {f"X-{name.title()}": str(value) for name, value in origin.items() if value is not None}
+        headers = {f"X-{name.title()}": f"{value}" for name, value in origin.items() if value is not None}
         return Response(content, headers=headers, media_type=media_type)
 
     async def _log_likelihood(self, request: Request) -> Response:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gdl_ray.engine import LIKELIHOOD, SAMPLES, Engine, QueueFull, request_keys
-from gdl_ray.family import UNLABELLED, Batch, DataSpec, Density, Family, Losses, Sampler, State
+from gdl_ray.family import UNLABELLED, Batch, DataSpec, Density, Family, Losses, Option, Sampler, State, draw
 from gdl_ray.random import fold, normal
 
 SPEC = DataSpec(name="toy", kind="image", shape=(1, 2, 2), levels=256, classes=10)
@@ -38,6 +38,27 @@ class Walk(Sampler):
     def finish(self, state: State) -> Tensor:
         pixels = torch.stack([state["key"] >> shift & 255 for shift in (0, 8, 16, 24)], dim=1)
         return pixels.to(torch.uint8).view(-1, 1, 2, 2)
+
+
+class Stride(Sampler):
+    """Counts its steps, each as long as the option says; the option `steps` says how many."""
+
+    steps = 3
+    options = {
+        "steps": Option(default=3, least=1, most=9, meaning="Number of steps.", whole=True),
+        "length": Option(default=1, least=0, most=20, meaning="Of each step."),
+    }
+
+    def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
+        assert options.keys() == self.options.keys()
+        return {"sum": torch.zeros(len(keys)), "length": options["length"], "steps": options["steps"]}
+
+    def step(self, state: State, index: Tensor) -> State:
+        assert (index < state["steps"]).all()
+        return {**state, "sum": state["sum"] + state["length"]}
+
+    def finish(self, state: State) -> Tensor:
+        return state["sum"].to(torch.uint8).view(-1, 1, 1, 1)
 
 
 class Net(Sampler):
@@ -164,6 +185,32 @@ def test_samples_join_and_leave_between_any_two_steps() -> None:
         gate.open()
         assert torch.equal(second.future.result(timeout=10), family.sample(request_keys(2, 3)))
         assert torch.equal(first.future.result(), family.sample(request_keys(1, 2)))
+
+
+def test_samples_of_other_options_share_a_batch() -> None:
+    family = Fake(Stride)
+    asked: list[dict[str, float]] = [{}, {"steps": 9, "length": 2}, {"steps": 1}, {"length": 20}]
+    with running(family) as engine:
+        jobs = [engine.submit(0, labels_of(3), each) for each in asked * 5]
+        drawn = [job.future.result(timeout=10).flatten().tolist() for job in jobs]
+    assert drawn == [[3] * 3, [18] * 3, [1] * 3, [60] * 3] * 5
+    assert family.sample(torch.arange(2), steps=9, length=2).flatten().tolist() == [18, 18]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"width": 1}, "width=1 is no option of this model; it has: steps, length"),
+        ({"steps": 2.5}, "steps=2.5 must be an integer from 1 to 9"),
+        ({"steps": 10}, "steps=10 must be an integer from 1 to 9"),
+        ({"length": float("nan")}, "length=nan must be a number from 0 to 20"),
+    ],
+)
+def test_options_out_of_range_are_refused(asked: dict[str, float], told: str) -> None:
+    with running(Fake(Stride)) as engine, pytest.raises(ValueError, match=told):
+        engine.submit(0, labels_of(1), asked)
+    with pytest.raises(ValueError, match=told):
+        draw(Stride(), torch.arange(1), None, asked)
 
 
 def test_a_large_request_is_cut_up_and_does_not_overtake() -> None:

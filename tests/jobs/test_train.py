@@ -48,6 +48,8 @@ def test_budgets_are_steps_examples_or_time(arguments: list[str], budget: Budget
     [
         (["vea"], "unknown family 'vea': choose from vae"),
         (["vae", "--data", "digit"], "unknown dataset --data digit: choose from digits, mnist"),
+        (["vae", "--size", "0"], "--size 0: write a factor above 0, at most 16, such as 0.5 or 2"),
+        (["vae", "--size", "big"], "--size big: write a factor"),
         (["vae", "--workers", "3"], "--workers 3 does not divide --optimization.batch-size 64"),
         (["vae", "--workers", "0"], "--workers 0 must be at least 1"),
         (["vae", "--cpus", "0"], "--cpus 0 must be at least 1"),
@@ -69,6 +71,13 @@ def test_bad_input_ends_with_one_line_that_says_what_to_do(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"jobs.train: {told}")
+
+
+def test_a_size_multiplies_the_preset_and_what_is_given_stays() -> None:
+    small, large = parse(["vae", "--size", "0.5"]), parse(["vae", "--size=2", "--model.hidden", "100"])
+    assert (small.model.width, small.model.hidden, small.model.latent) == (8, 128, 16)
+    assert (large.model.width, large.model.hidden) == (32, 100)
+    assert large.size == 2
 
 
 def test_a_name_is_used_once(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from gdl_ray.family import (
     Likelihood,
     LikelihoodKind,
     Losses,
+    Option,
     Sampler,
     State,
 )
@@ -29,16 +30,17 @@ IMAGES = DataSpec(name="toy", kind="image", shape=(1, 4, 4), levels=17, classes=
 
 
 class Drawing(Sampler):
-    """Noise in the first step, the label in the first pixel in the second."""
+    """Noise; the label in the first value, the option `shade` in the last."""
 
     steps = 2
+    options = {"shade": Option(default=0, least=0, most=16, meaning="Value of the last.", whole=True)}
 
     def __init__(self, spec: DataSpec, gate: threading.Event) -> None:
         self.spec = spec
         self.gate = gate
 
     def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
-        return {"x": uniform(keys, self.spec.shape), "label": labels}
+        return {"x": uniform(keys, self.spec.shape), "label": labels, "shade": options["shade"]}
 
     def step(self, state: State, index: Tensor) -> State:
         assert self.gate.wait(timeout=30)
@@ -47,6 +49,7 @@ class Drawing(Sampler):
     def finish(self, state: State) -> Tensor:
         x = (state["x"] * self.spec.levels).to(torch.int64)
         x.view(len(x), -1)[:, 0] = state["label"].clamp(min=0)
+        x.view(len(x), -1)[:, -1] = state["shade"].long()
         return x.to(torch.uint8) if self.spec.kind == "image" else x
 
 

@@ -35,6 +35,23 @@ def test_samples_are_those_of_the_family_and_name_their_origin(serve_family: Any
     assert list(origin.values()) == ["toy-fake", "3", "7", "5", "3"]
 
 
+def test_options_are_those_of_the_model_and_are_told(serve_family: Any, explicit: Any) -> None:
+    served = serve_family(explicit)
+    response = draw(served, {"n": 2, "seed": 7, "shade": 5, "format": "npy"})
+    assert array(response)[:, 0, -1, -1].tolist() == [5, 5]
+    assert response.headers["x-shade"] == "5.0"
+    assert array(draw(served, {"n": 2, "format": "npy"}))[:, 0, -1, -1].tolist() == [0, 0]
+    card = served.client.get("/").json()
+    assert card["capabilities"] == ["likelihood"]
+    assert card["options"]["shade"] == {
+        "default": 0,
+        "least": 0,
+        "most": 16,
+        "meaning": "Value of the last.",
+        "whole": True,
+    }
+
+
 def test_a_request_without_seed_is_told_the_one_it_got(serve_family: Any, explicit: Any) -> None:
     served = serve_family(explicit)
     first, second = (draw(served, {"n": 4, "format": "npy"}) for _ in range(2))
@@ -56,7 +73,7 @@ def test_encodings_agree(serve_family: Any, explicit: Any) -> None:
     assert (bundle["model"], bundle["version"], bundle["seed"]) == ("toy-fake", 3, 1)
     document = by_format["json"].json()
     assert document.pop("samples") == samples.tolist()
-    assert document == {"model": "toy-fake", "version": 3, "seed": 1, "n": 3, "label": None}
+    assert document == {"model": "toy-fake", "version": 3, "seed": 1, "n": 3, "label": None, "shade": 0.0}
     assert by_format["png"].headers["content-type"] == "image/png"
     picture = np.asarray(Image.open(io.BytesIO(by_format["png"].content)))
     zoom = picture.shape[0] // 9  # two rows of four pixels and a gap
@@ -105,7 +122,11 @@ def test_tokens_are_served_but_not_drawn(serve_family: Any, tokens: Any) -> None
         ({"seed": 2**53}, "seed", str(2**53), "less than or equal"),
         ({"label": 99}, "label", "99", "from 0 to 9"),
         ({"format": "gif"}, "format", "gif", "'png', 'npy', 'npz' or 'json'"),
-        ({"steps": 5}, "steps", "5", "known are n, seed, label, format"),
+        ({"steps": 5}, "steps", "5", "this model knows n, seed, label, format, shade"),
+        ({"steps": "x"}, "steps", "x", "valid number"),
+        ({"shade": 17}, "shade", "17", "must be an integer from 0 to 16"),
+        ({"shade": 0.5}, "shade", "0.5", "must be an integer from 0 to 16"),
+        ('{"shade": NaN}', "shade", "nan", "must be an integer"),
         ("[1]", "body", "[1]", "object"),
         ('{"n": ', "body", '{"n": ', "Invalid JSON"),
         (b"\xff\xfe", "body", "\ufffd\ufffd", "Invalid JSON"),

@@ -26,7 +26,7 @@ from gdl_ray.families import build
 from gdl_ray.families.vae import VAEConfig
 from gdl_ray.family import Batch, DataSpec, Density, Family, Losses, Optimization, Sampler
 from gdl_ray.random import normal
-from gdl_ray.train import loop
+from gdl_ray.train import loop, parallel
 from gdl_ray.train.local import LocalRun
 from gdl_ray.train.loop import SCORE, Budget, DivergenceError, Plan, Report, Training, learning_rate, train
 from gdl_ray.train.parallel import World
@@ -205,6 +205,65 @@ class Duel(Family):
         raise AssertionError("the loop asks for samples only to save them")
 
 
+class Chain(Family):
+    """Carries a number for each example from step to step: it grows by the example's first pixel."""
+
+    density = Density.IMPLICIT
+    presets: ClassVar[dict[str, Any]] = {}
+    Config = dict
+    widths = ()
+    healthy: ClassVar[dict[str, tuple[float, float]]] = {"height": (0.0, 400.0)}
+    advice = "climb less"
+
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__({}, spec)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, batch: Batch, phase: str = "main") -> Losses:
+        before = self.carried.get("height", torch.zeros(len(batch.x)))
+        self.carried = {"height": before + batch.x[:, 0, 4, 4]}
+        return Losses(self.weight.square() + 1, {"height": self.carried["height"].mean()})
+
+    def sampler(self) -> Sampler:
+        raise AssertionError("the loop asks for samples only to save them")
+
+
+def carry(root: Path, world: World) -> None:
+    """Carry for six steps, with a checkpoint and a new start after three."""
+    digits = load("digits", root / "data")
+    training = Training(Chain(digits.spec), PLAN, world)
+    for step in range(6):
+        if step == 3:
+            gathered = training._gather_carried()
+            training = Training(Chain(digits.spec), PLAN, world)
+            training.family.carried = {name: world.share(rows) for name, rows in gathered.items()}
+        share = {"rank": world.rank, "world": world.size}
+        training.advance(training_batch(digits.splits["train"], seed=0, step=step, batch_size=32, **share))
+    save_file(training._gather_carried(), root / f"carried-{world.size}-{world.rank}.safetensors")
+
+
+@pytest.mark.slow
+def test_what_is_carried_does_not_depend_on_workers_or_restarts(tmp_path: Path) -> None:
+    carry(tmp_path, World())
+    in_workers(2, tmp_path, partial(carry, tmp_path))
+    alone, first, second = (
+        load_file(tmp_path / f"carried-{name}.safetensors")["height"] for name in ("1-0", "2-0", "2-1")
+    )
+    digits = load("digits", tmp_path / "data")
+    batches = [training_batch(digits.splits["train"], seed=0, step=s, batch_size=32) for s in range(6)]
+    expected = torch.stack([batch.x[:, 0, 4, 4].float() for batch in batches]).sum(0)
+    for carried in (alone, first, second):
+        assert torch.equal(carried, expected)
+
+
+def test_a_metric_out_of_its_healthy_range_stops_training(digits: Dataset, tmp_path: Path) -> None:
+    plan = replace(PLAN, budget=Budget(steps=200), checkpoint_every=200)
+    with pytest.raises(
+        DivergenceError, match=r"train/height is \d+(\.\d+)? \(healthy: 0 to 400\).*diverged; climb less"
+    ):
+        train(Chain(digits.spec), digits, plan, Record(tmp_path))
+
+
 def train_duel(root: Path, world: World) -> None:
     digits = load("digits", root / "data")
     torch.manual_seed(0)
@@ -277,6 +336,32 @@ def test_a_budget_of_seconds_counts_steps_alone(digits: Dataset, tmp_path: Path)
     assert 0.6 <= spent < 1.5
     assert len(record.reports) > 1
     assert record.reports[-1].write
+
+
+def test_a_budget_is_measured_by_the_clock_it_is_given(digits: Dataset, tmp_path: Path) -> None:
+    ticks = iter(range(10**6))
+    record = Record(tmp_path)
+    plan = replace(PLAN, budget=Budget(seconds=100))
+    train(build("vae", SMALL, digits.spec), digits, plan, record, clock=lambda: float(next(ticks)))
+    assert 100 <= record.reports[-1].metrics["seconds"] < 150
+
+
+def test_bfloat16_trains_as_float32_does_to_its_rounding(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "_has_bfloat16", lambda device: True)
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        optimization: Any = replace(PLAN.optimization, precision=precision)
+        training = Training(
+            build("vae", SMALL, digits.spec), replace(PLAN, optimization=optimization), World()
+        )
+        for step in range(5):
+            training.advance(training_batch(digits.splits["train"], seed=0, step=step, batch_size=32))
+        assert all(p.dtype == torch.float32 for p in training.family.parameters())
+        losses[precision] = training.read_metrics()["train/loss"]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
 def test_average_follows_the_weights_by_its_decay(digits: Dataset) -> None:
