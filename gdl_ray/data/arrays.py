@@ -41,6 +41,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.x)
 
+    def first(self, count: int) -> "Split":
+        """Take the first examples, or all where there are no more."""
+        return Split(self.x[:count], self.y[:count])
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:

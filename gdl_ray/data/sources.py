@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import math
 import struct
+import tarfile
 import urllib.request
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from gdl_ray.data import arrays
 from gdl_ray.data.arrays import DamagedDataError, Dataset, Split
 from gdl_ray.family import DataSpec
+from gdl_ray.home import file_sha256
 
 Source = Callable[[Path], tuple[DataSpec, Mapping[str, Split]]]
 
@@ -28,6 +30,10 @@ _MNIST_SHA256 = {  # of the unpacked files
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+
+_CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+_CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+_CIFAR10_TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 
 
 def load(name: str, root: Path) -> Dataset:
@@ -76,7 +82,32 @@ def mnist(raw: Path) -> tuple[DataSpec, Mapping[str, Split]]:
     }
 
 
-DATASETS: Mapping[str, Source] = {"digits": digits, "mnist": mnist}
+def cifar10(raw: Path) -> tuple[DataSpec, Mapping[str, Split]]:
+    """Make CIFAR-10, 60,000 images of 32x32 pixels, 3 channels and 256 levels, from its archive in `raw`."""
+    path = raw / "cifar-10-binary.tar.gz"
+    if not path.exists():
+        _download(_CIFAR10_URL, path)
+    if file_sha256(path) != _CIFAR10_SHA256:
+        raise ValueError(f"{path} is not CIFAR-10's binary archive; delete it, and it is downloaded again")
+    with tarfile.open(path) as archive:
+        train, validation = _carve(_read_cifar(archive, *_CIFAR10_TRAIN), 0.1)
+        test = _read_cifar(archive, "test_batch.bin")
+    spec = DataSpec(name="cifar10", kind="image", shape=(3, 32, 32), levels=256, classes=10)
+    return spec, {"train": train, "validation": validation, "test": test}
+
+
+DATASETS: Mapping[str, Source] = {"digits": digits, "mnist": mnist, "cifar10": cifar10}
+
+
+def _read_cifar(archive: tarfile.TarFile, *files: str) -> Split:
+    """Read records of a label, then the red, green and blue of an image, row by row."""
+    records = []
+    for file in files:
+        member = archive.extractfile(f"cifar-10-batches-bin/{file}")
+        assert member is not None  # noqa: S101  (the archive is the one that is known)
+        records.append(np.frombuffer(member.read(), np.uint8).reshape(-1, 1 + 3 * 32 * 32))
+    table = np.concatenate(records)
+    return Split(table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0].astype(np.int64))
 
 
 def _carve(split: Split, share: float) -> tuple[Split, Split]:

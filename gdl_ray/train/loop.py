@@ -69,9 +69,11 @@ class Plan:
     """Steps between checkpoints, each with a validation and samples; a multiple of report_every."""
     patience: int = 10
     """Training ends after so many validations in a row without a better one."""
+    validation_examples: int = 1000
+    """Most examples that a validation reads: the first of the split, whose order is random."""
 
     def __post_init__(self) -> None:
-        for name in ("report_every", "checkpoint_every", "patience"):
+        for name in ("report_every", "checkpoint_every", "patience", "validation_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.checkpoint_every % self.report_every:
@@ -253,7 +255,8 @@ class Training:
             return {}
         if isinstance(self.average, Unnormalized):
             self.average.normalize()
-        nats = split_nats(self.average, dataset.splits["validation"], self.world)
+        examples = dataset.splits["validation"].first(self.plan.validation_examples)
+        nats = split_nats(self.average, examples, self.world)
         score = -dataset.spec.bits_per_dim(nats.mean)
         self._check_health(SCORE, score)
         self.stale = 0 if score < self.best else self.stale + 1

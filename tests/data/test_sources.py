@@ -1,8 +1,11 @@
 """Named datasets: the digits that DESIGN fixes, and MNIST from its files, whole or refused."""
 
 import gzip
+import hashlib
+import io
 import shutil
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,41 @@ def test_mnist_refuses_other_files(tmp_path: Path) -> None:
     (raw / "train-images-idx3-ubyte.gz").write_bytes(b"not gzip")
     with pytest.raises(ValueError, match="is damaged"):
         load("mnist", tmp_path)
+
+
+def cifar_archive(path: Path) -> np.ndarray:
+    """Write an archive of CIFAR-10's form with 20 images a file; returns the images, training ones first."""
+    images = np.random.default_rng(0).integers(0, 256, (120, 3, 32, 32), np.uint8)
+    labels = np.arange(120, dtype=np.uint8)[:, None] % 10
+    records = np.concatenate([labels, images.reshape(120, -1)], axis=1).reshape(6, -1)
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            member.size = records[i].nbytes
+            archive.addfile(member, io.BytesIO(records[i].tobytes()))
+    return images
+
+
+def test_cifar10_loads_from_its_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "raw" / "cifar10" / "cifar-10-binary.tar.gz"
+    images = cifar_archive(path)
+    monkeypatch.setattr(sources, "_CIFAR10_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    cifar = load("cifar10", tmp_path)
+    assert {name: len(split) for name, split in cifar.splits.items()} == {
+        "train": 90,
+        "validation": 10,
+        "test": 20,
+    }
+    assert np.array_equal(cifar.splits["test"].x, images[100:])
+    assert cifar.splits["test"].y.tolist() == [i % 10 for i in range(20)]
+    assert (cifar.spec.shape, cifar.spec.levels, cifar.spec.classes) == ((3, 32, 32), 256, 10)
+
+
+def test_cifar10_refuses_another_archive(tmp_path: Path) -> None:
+    cifar_archive(tmp_path / "raw" / "cifar10" / "cifar-10-binary.tar.gz")
+    with pytest.raises(ValueError, match="is not CIFAR-10's binary archive; delete it"):
+        load("cifar10", tmp_path)
 
 
 def test_missing_files_name_the_place_and_the_address(

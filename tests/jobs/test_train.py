@@ -47,7 +47,7 @@ def test_budgets_are_steps_examples_or_time(arguments: list[str], budget: Budget
     ("arguments", "told"),
     [
         (["vea"], "unknown family 'vea': choose from vae"),
-        (["vae", "--data", "digit"], "unknown dataset --data digit: choose from digits, mnist"),
+        (["vae", "--data", "digit"], "unknown dataset --data digit: choose from digits, mnist, cifar10"),
         (["vae", "--size", "0"], "--size 0: write a factor above 0, at most 16, such as 0.5 or 2"),
         (["vae", "--size", "big"], "--size big: write a factor"),
         (["vae", "--workers", "3"], "--workers 3 does not divide --optimization.batch-size 64"),
