@@ -335,7 +335,7 @@ class Likelihood(ABC):
 
     likelihood_kind: ClassVar[LikelihoodKind]
     quick_samples: ClassVar[int] = 1
-    """Monte-Carlo samples an example that make a figure good enough to compare two checkpoints by."""
+    """Monte-Carlo samples an example that make the mean over a thousand good enough to compare models by."""
 
     @abstractmethod
     def log_likelihood(self, batch: Batch, samples: int = 1) -> Tensor:

@@ -296,6 +296,7 @@ def _test_scores(directory: Path, dataset: Dataset) -> dict[str, float]:
     model = load_family(directory)
     if not isinstance(model, Likelihood):
         return {}
+    print(f"jobs.train: scoring it on the {len(dataset.splits['test']):,} test examples", flush=True)
     nats = split_nats(model, dataset.splits["test"], World())
     return {
         "test/negative_log_likelihood_nats": -nats.mean,

@@ -37,6 +37,7 @@ SCORE = "validation/bits_per_dim"
 _CLOCK_STEPS = 10  # how often workers agree on the time
 _RATE_FLOOR = 0.02  # of the peak learning rate
 _EVALUATION_BATCH = 256
+_FEW_EXAMPLES = 1000  # that need all of a model's quick samples
 _GRID_ROWS = 5
 _GRID_COLUMNS = 10
 
@@ -313,10 +314,14 @@ def learning_rate(optimization: Optimization, progress: float) -> float:
 
 
 def split_nats(model: Likelihood, split: Split, world: World) -> Nats:
-    """Measure log p(x) over a split, each worker a share of it."""
+    """Measure log p(x) over a split, each worker a share of it.
+
+    What a small split averages over draws, a large one averages over examples.
+    """
+    samples = max(1, model.quick_samples * _FEW_EXAMPLES // max(len(split), _FEW_EXAMPLES))
     batches = evaluation_batches(split, batch_size=_EVALUATION_BATCH, rank=world.rank, world=world.size)
     unlabelled = (batch.unlabelled().to(world.device) for batch in batches)
-    mine = log_likelihood(model, unlabelled, model.quick_samples)
+    mine = log_likelihood(model, unlabelled, samples)
     sums = torch.tensor([mine.total, mine.squares, mine.examples], dtype=torch.float64, device=world.device)
     return Nats(*world.sum(sums).tolist())
 

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,24 @@ import pytest
 import torch
 
 from gdl_ray.data import Dataset, training_batch
+from gdl_ray.engine import Engine, request_keys
 from gdl_ray.families import FAMILIES, build, preset
-from gdl_ray.family import UNLABELLED, Batch, DataSpec, Family, Latent, Likelihood
+from gdl_ray.family import (
+    UNLABELLED,
+    Batch,
+    Completion,
+    DataSpec,
+    Decoder,
+    Density,
+    Family,
+    Latent,
+    Likelihood,
+    Unnormalized,
+)
 from gdl_ray.random import fold, uniform
 from gdl_ray.train import checkpoint
-from gdl_ray.train.parallel import require_grad
+from gdl_ray.train.loop import Budget, Plan, Training
+from gdl_ray.train.parallel import World, require_grad
 
 SPECS = {
     "grey": DataSpec(name="grey", kind="image", shape=(1, 8, 8), levels=17, classes=10),
@@ -36,6 +51,14 @@ def batch_of(spec: DataSpec, size: int = 8) -> Batch:
 
 def model_of(key: str, spec: DataSpec) -> Family:
     return build(key, preset(key, "digits").model, spec)
+
+
+def disturbed(model: Family) -> Family:
+    """Move every weight a little: much of a new model is zero, and nothing depends on anything."""
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.add_(uniform(torch.tensor([i]), tuple(parameter.shape))[0] - 0.5, alpha=0.05)
+    return model.eval()
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -94,7 +117,7 @@ def test_a_saved_model_is_the_same_model(key: str, tmp_path: Path) -> None:
 
 def test_configs_are_frozen_data(key: str) -> None:
     presets: Mapping[str, Any] = FAMILIES[key].presets
-    assert {"digits", "mnist"} <= set(presets)
+    assert {"digits", "mnist", "cifar10"} <= set(presets)
     for make in presets.values():
         config: Any = make().model
         kind: Any = FAMILIES[key].Config
@@ -102,6 +125,132 @@ def test_configs_are_frozen_data(key: str) -> None:
         assert json.loads(json.dumps(dataclasses.asdict(config))) == dataclasses.asdict(config)
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.label_drop = 0.0
+
+
+@pytest.mark.parametrize("size", [0.5, 1, 2, 3])
+@pytest.mark.parametrize("name", ["digits", "mnist", "cifar10"])
+def test_presets_build_at_every_size(key: str, name: str, size: float) -> None:
+    shape, levels = {"digits": ((1, 8, 8), 17), "mnist": ((1, 28, 28), 256), "cifar10": ((3, 32, 32), 256)}[
+        name
+    ]
+    spec = DataSpec(name=name, kind="image", shape=shape, levels=levels, classes=10)
+    with torch.device("meta"):
+        usual, sized = (FAMILIES[key](preset(key, name, s).model, spec) for s in (1, size))
+    weights, more = (sum(p.numel() for p in model.parameters()) for model in (usual, sized))
+    assert (size == 1) == (weights == more)
+    assert (size > 1) == (weights < more)
+
+
+def test_other_kinds_of_data_are_refused_by_name(key: str) -> None:
+    spec = DataSpec(name="sound", kind="waves", shape=(8,), levels=4, classes=0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sound is waves: choose another family or other data"):
+        model_of(key, spec)
+
+
+def test_a_family_file_can_be_read_at_a_sitting(key: str) -> None:
+    module = sys.modules[FAMILIES[key].__module__]
+    assert module.__doc__
+    assert "References:" in module.__doc__
+    assert "https://arxiv.org/" in module.__doc__
+    assert len(inspect.getsource(module).splitlines()) <= 400
+
+
+def test_resumed_equals_never_interrupted(key: str, digits: Dataset, tmp_path: Path) -> None:
+    chosen = preset(key, "digits")
+    plan = Plan(optimization=chosen.optimization, budget=Budget(steps=100))
+
+    def training(seed: int = 0) -> Training:
+        return Training(build(key, chosen.model, digits.spec, seed), plan, World())
+
+    def advance(run: Training, steps: range) -> None:
+        for step in steps:
+            run.advance(training_batch(digits.splits["train"], seed=0, step=step, batch_size=8))
+
+    whole, resumed = training(), training(seed=1)
+    advance(whole, range(2))
+    whole._write(whole._gather_carried(), tmp_path)
+    resumed.restore(tmp_path)
+    for run in (whole, resumed):
+        advance(run, range(2, 4))
+    for mine, other in ((whole.family, resumed.family), (whole.average, resumed.average)):
+        for name, tensor in mine.state_dict().items():
+            assert torch.equal(tensor.nan_to_num(), other.state_dict()[name].nan_to_num()), name
+    assert whole.family.carried.keys() == resumed.family.carried.keys()
+    for name, rows in whole.family.carried.items():
+        assert torch.equal(rows, resumed.family.carried[name]), name
+
+
+def test_a_sample_from_the_engine_is_the_same_alone_and_in_company(key: str) -> None:
+    model = disturbed(model_of(key, SPECS["grey"]))
+    options = {"guidance": 2.0} if "guidance" in model.sampler().options else {}
+    labels = torch.tensor([1, UNLABELLED, 3])
+    engine = Engine(model)
+    try:
+        alone = engine.submit(7, labels, options).future.result(timeout=120)
+        company = [engine.submit(1, torch.full((20,), 5))]
+        amid = engine.submit(7, labels, options)
+        company.append(engine.submit(2, torch.full((30,), UNLABELLED), options))
+        assert torch.equal(amid.future.result(timeout=120), alone)
+        assert [len(job.future.result(timeout=120)) for job in company] == [20, 30]
+    finally:
+        engine.close(drain=False)
+    expected = model.sample(request_keys(7, 3), labels, **options)
+    assert (alone != expected).float().mean() < 0.02  # to rounding: the batch has another shape
+
+
+def test_an_unfinished_sample_has_a_preview(key: str) -> None:
+    model = disturbed(model_of(key, SPECS["colour"]))
+    sampler = model.sampler()
+    keys = fold(0, torch.arange(4))
+    options = {name: torch.full((4,), float(option.default)) for name, option in sampler.options.items()}
+    with torch.no_grad():
+        state = sampler.start(keys, keys % 3, options)
+        for step in range(max(1, sampler.steps // 2)):
+            state = sampler.step(state, torch.full_like(keys, step))
+        preview = sampler.finish(state)
+    assert preview.shape == (4, *model.spec.shape)
+    assert preview.dtype == torch.uint8
+
+
+def test_guidance_weighs_the_label(key: str) -> None:
+    model = disturbed(model_of(key, SPECS["grey"]))
+    if "guidance" not in model.sampler().options:
+        return
+    keys, labels = fold(0, torch.arange(16)), torch.arange(16) % 10
+    usual, without = model.sample(keys, labels), model.sample(keys, labels, guidance=0.0)
+    assert torch.equal(usual, model.sample(keys, labels, guidance=1.0))
+    assert not torch.equal(usual, without)
+    assert torch.equal(without, model.sample(keys))
+    assert torch.equal(model.sample(keys, guidance=3.0), model.sample(keys))
+
+
+def test_steps_are_as_many_as_asked_for(key: str) -> None:
+    model = disturbed(model_of(key, SPECS["grey"]))
+    option = model.sampler().options.get("steps")
+    if option is None:
+        return
+    assert (option.default, option.whole) == (model.sampler().steps, True)
+    keys = fold(0, torch.arange(4))
+    few = model.sample(keys, steps=option.default // 2)
+    assert few.shape == (4, *model.spec.shape)
+    assert not torch.equal(few, model.sample(keys))
+
+
+def test_completion_keeps_what_is_known(key: str) -> None:
+    spec = SPECS["colour"]
+    model = disturbed(model_of(key, spec))
+    if not isinstance(model, Completion):
+        return
+    batch = batch_of(spec, 4)
+    known = torch.zeros(batch.x.shape, dtype=torch.bool)
+    known[:, :, :6] = True
+    filled = model.complete(batch.x, known, batch.key, batch.y)
+    assert filled.shape == batch.x.shape
+    assert filled.dtype == torch.uint8
+    assert torch.equal(filled[known], batch.x[known])
+    # What is unknown is not read.
+    elsewhere = torch.where(known, batch.x, 0)
+    assert torch.equal(filled, model.complete(elsewhere, known, batch.key, batch.y))
 
 
 def test_loss_falls_on_a_fixed_batch(key: str, digits: Dataset) -> None:
@@ -127,6 +276,10 @@ def test_likelihood_is_in_nats_and_conditions_on_labels(key: str, digits: Datase
     if not isinstance(model, Likelihood):
         return
     batch = training_batch(digits.splits["train"], seed=0, step=0, batch_size=16)
+    model = disturbed(model)
+    assert isinstance(model, Likelihood)
+    if isinstance(model, Unnormalized):
+        model.normalize()
     nats = model.log_likelihood(batch)
     assert nats.shape == (16,)
     assert not nats.requires_grad
@@ -140,6 +293,7 @@ def test_latents_decode_to_data(key: str) -> None:
     spec = SPECS["colour"]
     model = model_of(key, spec).eval()
     if not isinstance(model, Latent):
+        assert not isinstance(model, Decoder) or model.density == Density.IMPLICIT
         return
     batch = batch_of(spec)
     z = model.encode(batch.x, batch.y)
