@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 from numpy.typing import NDArray
 
 from gdl_ray.client import Client, ServerProblem
+from gdl_ray.families import FAMILIES
 from infra import local
 from infra.local import Platform
 from infra.processes import tree
@@ -218,6 +219,23 @@ def test_what_loses_its_alias_is_withdrawn(platform: Platform, client: Client, t
         return False
 
     eventually(is_gone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_on_two_workers_and_answers(
+    platform: Platform, client: Client, family: str
+) -> None:
+    arguments = [family, "--workers", "2", "--steps", "10", "--report-every", "5", "--checkpoint-every", "10"]
+    job = submit(platform, *arguments, "--size", "0.5", "--promote")
+    assert job.returncode == 0, job.stdout
+    name = f"digits-{family}"
+    assert f"jobs.train: {name} version" in job.stdout
+    eventually(lambda: any(entry["name"] == name and entry["served"] for entry in client.models()))
+    x = client.sample(name, n=6, seed=7, label=3)
+    assert x.shape == (6, 1, 8, 8)
+    assert x.max() <= 16
+    assert np.array_equal(x[:2], client.sample(name, n=2, seed=7, label=3))
+    assert client.sample(name, n=2).shape == (2, 1, 8, 8)  # without a label
 
 
 def history(platform: Platform, name: str, metric: str) -> list[tuple[int, float]]:
