@@ -30,7 +30,7 @@ class CausalTransformer(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} must be a multiple of heads={heads}")
-        self.width = width
+        self.width, self.heads = width, heads
         self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
@@ -48,8 +48,10 @@ class CausalTransformer(nn.Module):
         return normed
 
     def empty_cache(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """Make the cache of sequences of at most `length` positions: zeros, (B, depth, 2, length, width)."""
-        return torch.zeros(batch, len(self.blocks), 2, length, self.width, device=device)
+        """Make the cache of sequences of at most `length` positions: zeros, the batch dimension first."""
+        # A head's keys lie one behind the other, the order in which attention reads them.
+        shape = (len(self.blocks), 2, self.heads, length, self.width // self.heads)
+        return torch.zeros(batch, *shape, device=device)
 
     def step(self, h: Tensor, cache: Tensor, index: Tensor) -> Tensor:
         """Compute one position of each sequence as `forward` would, without gradient to the others.
@@ -95,15 +97,14 @@ class _Block(nn.Module):
         return h + dropout(self._mlp(h), self.dropout, key, stream + 1)
 
     def step(self, h: Tensor, cache: Tensor, index: Tensor) -> Tensor:
-        """Take one position, (B, width), with the cache of this block, (B, 2, T, width)."""
+        """Take one position, (B, width), with the cache of this block, (B, 2, heads, T, width / heads)."""
         B, width = h.shape
-        q, k, v = self.qkv(self.norm_attention(h)).chunk(3, dim=1)
+        q, k, v = self.qkv(self.norm_attention(h)).view(B, 3, self.heads, -1).unbind(1)
         rows = torch.arange(B, device=h.device)
-        cache[rows, 0, index], cache[rows, 1, index] = k, v
-        keys, values = cache.view(B, 2, -1, self.heads, width // self.heads).permute(1, 0, 3, 2, 4)
-        seen = torch.arange(cache.shape[2], device=h.device) <= index[:, None]
+        cache[rows, 0, :, index], cache[rows, 1, :, index] = k, v
+        seen = torch.arange(cache.shape[3], device=h.device) <= index[:, None]
         attended = F.scaled_dot_product_attention(
-            q.view(B, self.heads, 1, -1), keys, values, attn_mask=seen[:, None, None]
+            q.unsqueeze(2), cache[:, 0], cache[:, 1], attn_mask=seen[:, None, None]
         )
         h = h + self.out(attended.reshape(B, width))
         return h + self._mlp(h)
