@@ -1,28 +1,28 @@
 """Autoregressive model: each value given those before it, so that the likelihood is exact.
 
-    log p(x | y) = sum over t of log p(x_t | x_1 .. x_t-1, y)                                           (1)
+    log p(x | y) = sum over t of log p(x_t | x_1 .. x_t-1, y)                                         (1)
 
-The order of images is the raster's, a pixel with all its channels at a time; that of tokens is their own. One
-causal transformer reads at each position what lies before it (of an image, through a window of the pixels above
-and to the left), where it is, and the class. What it says there are, for ordered levels, the parameters of K
-mixed logistics P_k, each discretized, where the channels of a pixel shift the means of those after them:
+Images go in raster order, a pixel with all its channels at a time; tokens in their own. One causal
+transformer reads, at each position, what came before (of an image, a window of the pixels above and to the
+left), where it is, and the class. It answers with the law of what comes next: of a token, a softmax; of a
+pixel, a mixture of K logistics P_k, discretized, in which each channel shifts the means of those after it:
 
-    p(x_t | ..) = sum over k of w_k product over c of P_k(x_tc; m_kc + sum over i < c of a_kci x_ti, s_kc)    (2)
+    p(x_t | ..) = sum over k of w_k prod over c of P_k(x_tc; m_kc + sum over i < c of a_kci x_ti, s_kc)   (2)
 
-and for tokens, the logits of a softmax. Sampling draws value after value by the inverse of the distribution
-function, and keeps the keys and values of attention. Guidance g and temperature T change each draw, exactly:
+Sampling inverts the distribution function of one value after the other. Guidance g and temperature T act on
+each value's law, not on a stand-in for it:
 
-    log q(x_tc | ..) = (log p(x_tc | ..) + g (log p(x_tc | .., y) - log p(x_tc | ..))) / T + constant         (3)
+    log q(x_tc) = (log p(x_tc | ..) + g (log p(x_tc | .., y) - log p(x_tc | ..))) / T + constant          (3)
 
-The class is left out now and then in training, so that one model answers with and without a label. Completion
-draws the unknown values in the same order: from the model's own law if what is known comes first, as a text's
-beginning or an image's upper part does; otherwise a draw does not heed what is known further on. Not here:
-random orders, which would complete any gap, and likelihoods of parts.
+The class is left out now and then in training, so that one model answers with and without a label.
+Completion keeps what is known and draws the rest in the same order. That is the model's own law where what is
+known comes first, as the beginning of a text or the upper part of an image; else a value is drawn without
+regard to what is known further on. Not here: random orders, which would mend that.
 
 References:
-    van den Oord, Kalchbrenner, Kavukcuoglu. Pixel Recurrent Neural Networks. 2016.
+    Van den Oord, Kalchbrenner, Kavukcuoglu. Pixel Recurrent Neural Networks. 2016.
         https://arxiv.org/abs/1601.06759
-    Salimans, Karpathy, Chen, Kingma. PixelCNN++. 2017. https://arxiv.org/abs/1701.05517 (section 2)
+    Salimans, Karpathy, Chen, Kingma. PixelCNN++. 2017. https://arxiv.org/abs/1701.05517 (Section 2)
     Parmar, Vaswani, Uszkoreit, Kaiser, Shazeer, Ku, Tran. Image Transformer. 2018.
         https://arxiv.org/abs/1802.05751
     Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. https://arxiv.org/abs/2207.12598
@@ -81,7 +81,7 @@ class AutoregressiveConfig:
     """Logistics in the mixture of a pixel."""
     dropout: float = 0.2
     """Share of what each block adds that is dropped in training."""
-    label_drop: float = 0.3
+    label_drop: float = 0.5
     """Share of training examples that are shown without their label."""
 
     def __post_init__(self) -> None:
@@ -130,40 +130,37 @@ class Autoregressive(Family, Likelihood, Completion):
     depths = ("depth",)
     healthy = {"bits_per_dim": (0, 30)}
 
+    stem: nn.Module
+    head: "_Head"
     window: Tensor
 
     def __init__(self, config: AutoregressiveConfig, spec: DataSpec):
         super().__init__(config, spec)
-        image = spec.kind == "image"
-        # Tokens are an image of one row and one channel, whose window is the token before.
-        self.channels, height, self.columns = spec.shape if image else (1, 1, *spec.shape)
-        self.positions = height * self.columns
-        window = _image_window(height, self.columns, config.reach) if image else _token_window(self.columns)
+        if spec.kind == "image":
+            self.channels, height, self.columns = spec.shape
+            window = _window(height, self.columns, config.reach)
+            self.stem = _pixel_stem(self.channels * window.shape[1], config.width, spec.levels)
+            self.head = _MixtureHead(config.width, config.components, self.channels, spec.levels)
+        else:  # an image of one row and one channel, where each pixel sees the one before
+            self.channels, height, (self.columns,) = 1, 1, spec.shape
+            window = torch.arange(-1, self.columns - 1)[:, None] % (self.columns + 1)
+            self.stem = nn.Sequential(nn.Embedding(spec.levels + 1, config.width), nn.Flatten(-3))
+            self.head = _SoftmaxHead(config.width, spec.levels)
         self.register_buffer("window", window, persistent=False)
-        self.stem: nn.Module = (
-            _PixelStem(self.channels * window.shape[1], config.width, spec.levels)
-            if image
-            else _TokenStem(config.width, spec.levels)
-        )
         self.row = nn.Embedding(height, config.width)
         self.column = nn.Embedding(self.columns, config.width)
         self.label = ClassEmbedding(spec.classes, config.width)
         self.transformer = CausalTransformer(config.width, config.depth, config.heads, config.dropout)
-        self.head: _Head = (
-            _MixtureHead(config.width, config.components, self.channels, spec.levels)
-            if image
-            else _SoftmaxHead(config.width, spec.levels)
-        )
 
     def forward(self, batch: Batch, phase: str = "main") -> Losses:
         y = batch.sometimes_unlabelled(self.config.label_drop).y
         nats = -self._log_prob(batch.x, y, batch.key if self.training else None)
         bits = nats.detach() / (self.channels * math.log(2))
-        early, *_, late = (part.mean() for part in (*bits.chunk(2, dim=1), bits.chunk(2, dim=1)[-1]))
+        halves = bits.chunk(2, dim=1)
         metrics = {
             "bits_per_dim": bits.mean(),
-            "bits_per_dim_first_half": early,
-            "bits_per_dim_second_half": late,
+            "bits_per_dim_first_half": halves[0].mean(),
+            "bits_per_dim_second_half": halves[-1].mean(),
         }
         return Losses(nats.sum(1).mean(), metrics)
 
@@ -181,7 +178,7 @@ class Autoregressive(Family, Likelihood, Completion):
     def _log_prob(self, x: Tensor, y: Tensor, key: Tensor | None = None) -> Tensor:
         """Compute the terms of Eq. 1, nats, (B, T)."""
         sequence = self._sequence(x)
-        position = torch.arange(self.positions, device=x.device)
+        position = torch.arange(len(self.window), device=x.device)
         seen = sequence[:, :, self.window].transpose(1, 2)
         h = self.transformer(self._input(seen, position, y[:, None]), key)
         with torch.autocast(x.device.type, enabled=False):
@@ -189,7 +186,7 @@ class Autoregressive(Family, Likelihood, Completion):
 
     def _sequence(self, x: Tensor) -> Tensor:
         """Lay pixels in a row, and behind them what stands for those outside: int64 (B, C, T + 1)."""
-        return F.pad(x.reshape(len(x), self.channels, self.positions).long(), (0, 1), value=self.spec.levels)
+        return F.pad(x.reshape(len(x), self.channels, -1).long(), (0, 1), value=self.spec.levels)
 
     def _input(self, seen: Tensor, position: Tensor, y: Tensor) -> Tensor:
         """Tell a position the values in its window, (..., C, K), where it is and its class."""
@@ -210,7 +207,7 @@ class _RasterSampler(Sampler):
     def __init__(self, model: Autoregressive, given: tuple[Tensor, Tensor] | None = None):
         self.model = model
         self.given = given
-        self.steps = model.positions
+        self.steps = len(model.window)
         guidance = {"guidance": GUIDANCE} if model.spec.classes else {}
         self.options: Mapping[str, Option] = {"temperature": TEMPERATURE, **guidance}
 
@@ -218,7 +215,6 @@ class _RasterSampler(Sampler):
         model, B = self.model, len(keys)
         blank = torch.zeros(B, *model.spec.shape, dtype=torch.uint8, device=keys.device)
         x, known = self.given or (blank, blank.bool())
-        unguided_length = self.steps if model.spec.classes else 0
         return {
             "key": keys,
             "label": labels,
@@ -227,26 +223,38 @@ class _RasterSampler(Sampler):
             "x": model._sequence(torch.where(known, x, 0)),
             "known": known.reshape(B, model.channels, -1).clone(),
             "cache": model.transformer.empty_cache(B, self.steps, keys.device),
-            "cache_unlabelled": model.transformer.empty_cache(B, unguided_length, keys.device),
+            "cache_unlabelled": model.transformer.empty_cache(B, self.steps, keys.device),
         }
 
     def step(self, state: State, index: Tensor) -> State:
-        model, x, y = self.model, state["x"], state["label"]
-        given = model._step(x, state["cache"], index, y)
-        guided = (state["guidance"] != 1) & (y != UNLABELLED)
-        free = given
-        if guided.any():
-            free = model._step(x, state["cache_unlabelled"], index, torch.full_like(y, UNLABELLED))
+        head, x = self.model.head, state["x"]
         rows = torch.arange(len(x), device=x.device)
-        u = uniform(state["key"], (model.channels,), index)
-        for c in range(model.channels):
-            before = x[rows, :c, index]
-            log_p, log_p_free = (model.head.conditional(law, before) for law in (given, free))
-            towards = log_p_free + state["guidance"][:, None] * (log_p - log_p_free)
-            log_q = torch.where(guided[:, None], towards, log_p) / state["temperature"][:, None]  # Eq. 3
-            drawn = _invert(log_q, u[:, c])
+        laws = self._laws(state, index)
+        u = uniform(state["key"], (self.model.channels,), index)
+        for c in range(self.model.channels):
+            log_p = [head.conditional(law, x[rows, :c, index]) for law in laws]
+            drawn = _invert(self._guide(state, *log_p), u[:, c])
             x[rows, c, index] = torch.where(state["known"][rows, c, index], x[rows, c, index], drawn)
         return state
+
+    def _laws(self, state: State, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the parameters of a pixel with the label and, if any sample is guided, without."""
+        y = state["label"]
+        law = self.model._step(state["x"], state["cache"], index, y)
+        if not self._guided(state).any():
+            return law, law
+        unlabelled = torch.full_like(y, UNLABELLED)
+        return law, self.model._step(state["x"], state["cache_unlabelled"], index, unlabelled)
+
+    def _guide(self, state: State, log_p: Tensor, log_p_unlabelled: Tensor) -> Tensor:
+        """Change the law of a value by Eq. 3, (B, L)."""
+        towards_label = log_p_unlabelled + state["guidance"][:, None] * (log_p - log_p_unlabelled)
+        # Chosen by row, so that a sample without guidance is the same beside one with.
+        log_q = torch.where(self._guided(state)[:, None], towards_label, log_p)
+        return log_q / state["temperature"][:, None]
+
+    def _guided(self, state: State) -> Tensor:
+        return (state["guidance"] != 1) & (state["label"] != UNLABELLED)
 
     def finish(self, state: State) -> Tensor:
         spec = self.model.spec
@@ -254,35 +262,28 @@ class _RasterSampler(Sampler):
         return x.to(torch.uint8 if spec.kind == "image" else torch.int64, copy=True)
 
 
-class _PixelStem(nn.Module):
-    """Maps the levels in a window, int64 (..., C, K), to vectors (..., width)."""
+def _pixel_stem(values: int, width: int, levels: int) -> nn.Sequential:
+    """Levels in a window, int64 (..., C, K) -> vectors (..., width)."""
+    first, last = nn.Linear(4 * values, 2 * width), nn.Linear(2 * width, width)
+    return nn.Sequential(_LevelFeatures(levels), nn.Flatten(-3), first, nn.SiLU(), last)
 
-    features: Tensor
 
-    def __init__(self, values: int, width: int, levels: int):
+class _LevelFeatures(nn.Module):
+    """Describes levels: the value, whether it is the first or the last, and that it is in the image."""
+
+    table: Tensor
+
+    def __init__(self, levels: int):
         super().__init__()
         level = torch.arange(levels)
-        # Whether it is black, white, and in the image at all; the last row stands for pixels outside.
-        table = [logistic.centers(level, levels), level == 0, level == levels - 1, torch.ones(levels)]
-        features = F.pad(torch.stack([column.float() for column in table], dim=1), (0, 0, 0, 1))
-        self.register_buffer("features", features, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(4 * values, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        inside = torch.ones(levels)
+        columns = [logistic.centers(level, levels), level == 0, level == levels - 1, inside]
+        outside = torch.zeros(1, len(columns))
+        table = torch.cat([torch.stack([column.float() for column in columns], dim=1), outside])
+        self.register_buffer("table", table, persistent=False)
 
-    def forward(self, seen: Tensor) -> Tensor:
-        h: Tensor = self.mlp(F.embedding(seen, self.features).flatten(-3))
-        return h
-
-
-class _TokenStem(nn.Module):
-    """Maps the token before, int64 (..., 1, 1), to vectors (..., width)."""
-
-    def __init__(self, width: int, levels: int):
-        super().__init__()
-        self.table = nn.Embedding(levels + 1, width)  # the last one precedes the first token
-
-    def forward(self, seen: Tensor) -> Tensor:
-        h: Tensor = self.table(seen[..., 0, 0])
-        return h
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.table)
 
 
 class _Head(nn.Module, ABC):
@@ -320,17 +321,16 @@ class _MixtureHead(_Head):
     def __init__(self, width: int, components: int, channels: int, levels: int):
         super().__init__()
         self.channels, self.levels = channels, levels
-        rows = 1 + 2 * channels + channels * (channels - 1) // 2
-        self.linear = nn.Linear(width, rows * components)
+        self.rows = 1 + 2 * channels + channels * (channels - 1) // 2
+        self.linear = nn.Linear(width, self.rows * components)
         # The components of a fresh model share out the range.
-        bias = torch.zeros(rows, components)
+        bias = torch.zeros(self.rows, components)
         bias[1 : 1 + channels] = logistic.centers(torch.arange(components), components)
         bias[1 + channels : 1 + 2 * channels] = -math.log(components)
         self.linear.bias = nn.Parameter(bias.flatten())
 
     def forward(self, h: Tensor) -> Tensor:
-        rows = 1 + 2 * self.channels + self.channels * (self.channels - 1) // 2
-        parameters: Tensor = self.linear(h).unflatten(-1, (rows, -1))
+        parameters: Tensor = self.linear(h).unflatten(-1, (self.rows, -1))
         return parameters
 
     def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
@@ -360,19 +360,14 @@ class _MixtureHead(_Head):
         return mean + shift.sum(-2), log_scale.clamp(*_LOG_SCALE_RANGE)
 
 
-def _image_window(height: int, columns: int, reach: int) -> Tensor:
-    """Number the pixels that each pixel sees, those outside as T: int64 (T, K)."""
+def _window(height: int, columns: int, reach: int) -> Tensor:
+    """Number the pixels that each pixel sees, those outside the image as T: int64 (T, K)."""
     above = [(-dy, dx) for dy in range(1, reach + 1) for dx in range(-reach, reach + 1)]
     offsets = torch.tensor(above + [(0, -dx) for dx in range(1, reach + 1)])
     position = torch.arange(height * columns)[:, None]
     row, column = position // columns + offsets[:, 0], position % columns + offsets[:, 1]
     inside = (row >= 0) & (column >= 0) & (column < columns)
     return torch.where(inside, row * columns + column, height * columns)
-
-
-def _token_window(length: int) -> Tensor:
-    """Number the token before each token, T before the first: int64 (T, 1)."""
-    return torch.arange(-1, length - 1)[:, None] % (length + 1)
 
 
 def _invert(log_q: Tensor, u: Tensor) -> Tensor:
