@@ -102,9 +102,9 @@ def digits() -> Preset:
 
 def mnist() -> Preset:
     """28x28 images: minutes on a GPU."""
-    model = AutoregressiveConfig(width=128, depth=4, dropout=0.0)
+    model = AutoregressiveConfig(width=96, depth=3, heads=2, dropout=0.0)
     optimization = Optimization(
-        batch_size=32, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.999, precision="bfloat16"
+        batch_size=16, learning_rate=3e-3, weight_decay=0.1, ema_decay=0.995, precision="bfloat16"
     )
     return Preset(model=model, optimization=optimization, steps=20_000)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gdl_ray.data import Dataset, training_batch
 from gdl_ray.families import build
-from gdl_ray.families.autoregressive import Autoregressive, AutoregressiveConfig, _MixtureHead
+from gdl_ray.families.autoregressive import Autoregressive, AutoregressiveConfig, _MixtureHead, _RasterSampler
 from gdl_ray.family import UNLABELLED, Batch, DataSpec
+from gdl_ray.nn import logistic
 from gdl_ray.random import fold, normal, uniform
 
 LINE = DataSpec(name="line", kind="image", shape=(1, 1, 3), levels=3, classes=2)
@@ -22,6 +23,8 @@ WORD = DataSpec(name="word", kind="tokens", shape=(3,), levels=3, classes=2)
 GREY = DataSpec(name="grey", kind="image", shape=(1, 5, 4), levels=5, classes=2)
 COLOUR = DataSpec(name="colour", kind="image", shape=(3, 3, 2), levels=3, classes=2)
 TEXT = DataSpec(name="text", kind="tokens", shape=(9,), levels=6, classes=2)
+
+EDGES_256 = np.concatenate([[-np.inf], np.linspace(-1, 1, 257)[1:-1], [np.inf]])  # of the bins of levels
 
 TINY = pytest.mark.parametrize("spec", [LINE, PIXEL, WORD], ids=lambda spec: spec.name)
 SMALL = pytest.mark.parametrize("spec", [GREY, COLOUR, TEXT], ids=lambda spec: spec.name)
@@ -171,6 +174,21 @@ def test_a_sample_does_not_notice_when_others_start_nor_what_they_ask_for() -> N
     assert torch.equal(sampler.finish(state)[~late], expected[~late])
 
 
+def test_guidance_leaves_the_law_of_others_as_it_is_to_the_bit() -> None:
+    sampler = model_of(GREY).sampler()
+    assert isinstance(sampler, _RasterSampler)
+    log_p, free = normal(fold(0, torch.arange(2)), (3, 40)).log_softmax(2).unbind(0)
+    ones = torch.ones(3)
+    state = {
+        "guidance": torch.tensor([1.0, 3.0, 3.0]),
+        "label": torch.tensor([0, 0, -1]),
+        "temperature": ones,
+    }
+    log_q = sampler._guide(state, log_p, free)
+    assert torch.equal(log_q[[0, 2]], log_p[[0, 2]])
+    torch.testing.assert_close(log_q[1], 3 * log_p[1] - 2 * free[1])
+
+
 @TINY
 def test_a_completion_after_a_known_beginning_has_the_law_of_the_model(spec: DataSpec) -> None:
     model = model_of(spec)
@@ -196,6 +214,9 @@ def test_what_is_known_anywhere_is_kept_and_what_is_unknown_is_not_read(spec: Da
     assert torch.equal(filled[known], x[known])
     assert torch.equal(filled, model.complete(torch.where(known, x, other), known, keys))
     assert torch.equal(model.complete(x, torch.zeros_like(known), keys), model.sample(keys))
+    sampler = model.completion(x, known)
+    start = sampler.start(keys, torch.full_like(keys, UNLABELLED), {"temperature": torch.ones(12)})
+    assert torch.equal(sampler.finish(start), torch.where(known, x, 0))
 
 
 def test_a_mixture_sums_to_one_over_256_levels_and_is_that_of_scipy() -> None:
@@ -208,11 +229,30 @@ def test_a_mixture_sums_to_one_over_256_levels_and_is_that_of_scipy() -> None:
         terms = head.log_prob(parameters[:, None], level[..., None])
     torch.testing.assert_close(log_p, terms)
     torch.testing.assert_close(log_p.exp().sum(1), torch.ones(40), atol=1e-5, rtol=0)
-    edges = np.concatenate([[-np.inf], np.linspace(-1, 1, 257)[1:-1], [np.inf]])
     weight, mean, log_scale = parameters.double().unbind(1)
     law = stats.logistic(mean.numpy()[..., None], log_scale.clamp(-7, 4).exp().numpy()[..., None])
-    expected = (weight.softmax(1).numpy()[..., None] * np.diff(law.cdf(edges), axis=-1)).sum(1)
+    expected = (weight.softmax(1).numpy()[..., None] * np.diff(law.cdf(EDGES_256), axis=-1)).sum(1)
     np.testing.assert_allclose(log_p.exp().numpy(), expected, atol=1e-5)
+
+
+def test_channels_are_coupled_as_in_equation_2() -> None:
+    head = _MixtureHead(4, components=2, channels=3, levels=256)
+    x = random_data(DataSpec(name="x", kind="image", shape=(3,), levels=256, classes=0), 30)
+    with torch.no_grad():
+        parameters = head(normal(fold(1, torch.arange(30)), (4,)))
+        log_p = head.log_prob(parameters, x)
+        terms = [
+            head.conditional(parameters, x[:, :c].long())[torch.arange(30), x[:, c].long()] for c in range(3)
+        ]
+    torch.testing.assert_close(sum(terms), log_p)
+    weight, m_r, m_g, m_b, s_r, s_g, s_b, a_gr, a_br, a_bg = parameters.double().unbind(1)
+    r, g, _ = (logistic.centers(value, 256).double()[:, None] for value in x.unbind(1))
+    means, log_scales = (m_r, m_g + a_gr * r, m_b + a_br * r + a_bg * g), (s_r, s_g, s_b)
+    expected = weight.softmax(1).numpy()
+    for value, mean, log_scale in zip(x[:, :, None].long().unbind(1), means, log_scales, strict=True):
+        law = stats.logistic(mean.numpy(), log_scale.exp().numpy())
+        expected = expected * (law.cdf(EDGES_256[value + 1]) - law.cdf(EDGES_256[value]))
+    np.testing.assert_allclose(log_p.exp().numpy(), expected.sum(1), rtol=1e-3)
 
 
 def test_labelled_and_unlabelled_examples_share_a_batch(digits: Dataset) -> None:
@@ -254,14 +294,11 @@ def test_eighty_steps_beat_independent_pixels(digits: Dataset) -> None:
     assert bits < -digits.spec.bits_per_dim(of_pixel.sum(1).mean().item()) - 0.3
 
 
-@pytest.mark.parametrize("field", ["width", "depth", "heads", "reach", "components"])
-def test_impossible_sizes_are_named(field: str) -> None:
-    with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):
-        AutoregressiveConfig(**{field: 0})
-
-
-@pytest.mark.parametrize(("field", "bounds"), [("dropout", r"\[0, 1\)"), ("label_drop", r"\[0, 1\]")])
-def test_shares_outside_their_range_are_named(field: str, bounds: str) -> None:
-    fields: Any = {field: 1.5}
-    with pytest.raises(ValueError, match=f"{field}=1.5 must lie in {bounds}"):
-        AutoregressiveConfig(**fields)
+@pytest.mark.parametrize(
+    ("field", "value", "range_"),
+    [(name, 0, "be at least 1") for name in ("width", "depth", "heads", "reach", "components")]
+    + [("dropout", 1, r"lie in \[0, 1\)"), ("label_drop", 1.5, r"lie in \[0, 1\]")],
+)
+def test_an_impossible_value_is_named(field: str, value: Any, range_: str) -> None:
+    with pytest.raises(ValueError, match=f"{field}={value} must {range_}"):
+        AutoregressiveConfig(**{field: value})

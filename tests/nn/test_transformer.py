@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gdl_ray.nn import transformer
 from gdl_ray.nn.transformer import CausalTransformer
 from gdl_ray.random import fold, normal
 
@@ -81,6 +82,18 @@ def test_dropout_needs_a_key_and_each_key_drops_its_own() -> None:
     assert torch.equal(dropped, model(h, keys))
     assert not torch.equal(dropped, model(h, keys, stream=6))
     torch.testing.assert_close(model(h.flip(0), keys.flip(0)).flip(0), dropped)
+
+
+def test_every_use_of_dropout_has_a_noise_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[int] = []
+
+    def spy(x: torch.Tensor, rate: float, key: torch.Tensor | None, stream: int) -> torch.Tensor:
+        streams.append(stream)
+        return x
+
+    monkeypatch.setattr(transformer, "dropout", spy)
+    transformer_of(depth=3, dropout=0.5)(sequences(2), fold(3, torch.arange(2)), stream=10)
+    assert sorted(streams) == [10, 11, 12, 13, 14, 15]
 
 
 def test_a_width_that_heads_do_not_share_is_named() -> None:
