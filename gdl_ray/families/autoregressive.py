@@ -233,18 +233,17 @@ class _RasterSampler(Sampler):
         u = uniform(state["key"], (self.model.channels,), index)
         for c in range(self.model.channels):
             log_p = [head.conditional(law, x[rows, :c, index]) for law in laws]
-            drawn = _invert(self._guide(state, *log_p), u[:, c])
+            drawn = _invert(self._guide(state, log_p[0], log_p[-1]), u[:, c])
             x[rows, c, index] = torch.where(state["known"][rows, c, index], x[rows, c, index], drawn)
         return state
 
-    def _laws(self, state: State, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _laws(self, state: State, index: Tensor) -> list[Tensor]:
         """Find the parameters of a pixel with the label and, if any sample is guided, without."""
-        y = state["label"]
-        law = self.model._step(state["x"], state["cache"], index, y)
-        if not self._guided(state).any():
-            return law, law
-        unlabelled = torch.full_like(y, UNLABELLED)
-        return law, self.model._step(state["x"], state["cache_unlabelled"], index, unlabelled)
+        laws = [self.model._step(state["x"], state["cache"], index, state["label"])]
+        if self._guided(state).any():
+            unlabelled = torch.full_like(state["label"], UNLABELLED)
+            laws.append(self.model._step(state["x"], state["cache_unlabelled"], index, unlabelled))
+        return laws
 
     def _guide(self, state: State, log_p: Tensor, log_p_unlabelled: Tensor) -> Tensor:
         """Change the law of a value by Eq. 3, (B, L)."""

@@ -42,7 +42,7 @@ def model_of(spec: DataSpec) -> Autoregressive:
 
 
 def labels_of(spec: DataSpec, count: int) -> Tensor:
-    return torch.arange(count) % (spec.classes + 1) - 1  # the first is UNLABELLED
+    return torch.arange(count) % (spec.classes + 1) + UNLABELLED
 
 
 def every(spec: DataSpec) -> Tensor:
