@@ -189,11 +189,10 @@ def test_guidance_leaves_the_law_of_others_as_it_is_to_the_bit() -> None:
 @TINY
 def test_a_completion_after_a_known_beginning_has_the_law_of_the_model(spec: DataSpec) -> None:
     model = model_of(spec)
-    count = 10_000
-    x = torch.full((count, *spec.shape), 2, dtype=every(spec).dtype)
+    x = torch.full((10_000, *spec.shape), 2, dtype=every(spec).dtype)
     known = torch.zeros(x.shape, dtype=torch.bool)
-    known.view(count, -1)[:, 0] = True
-    keys = fold(6, torch.arange(count))
+    known.view(10_000, -1)[:, 0] = True
+    keys = fold(6, torch.arange(10_000))
     filled = model.complete(x, known, keys, torch.full_like(keys, 1))
     assert torch.equal(filled[known], x[known])
     p = probabilities(model, 1)
