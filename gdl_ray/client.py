@@ -44,6 +44,16 @@ class Client:
         listed: list[dict[str, Any]] = self._request("GET", "/v1/models").json()["models"]
         return listed
 
+    def card(self, model: str) -> dict[str, Any]:
+        """Describe a model: what it is, what it can do, its options and their ranges.
+
+        Raises:
+            ServerProblem: the server refuses.
+            httpx.TransportError: the server does not answer.
+        """
+        card: dict[str, Any] = self._request("GET", f"/v1/models/{quote(model, safe='')}").json()
+        return card
+
     def sample(
         self, model: str, n: int = 16, seed: int | None = None, label: int | None = None, **options: float
     ) -> NDArray[np.uint8] | NDArray[np.int64]:

@@ -76,6 +76,16 @@ def test_sample_asks_for_and_returns_an_array(script: Script, client: Client) ->
     assert script.body == {"n": 2, "seed": 7, "label": 3, "format": "npy"}
 
 
+def test_options_are_sent_beside_the_rest(script: Script, client: Client) -> None:
+    script.answer(npy(np.zeros((2, 1, 2, 2), np.uint8)), content_type="application/x-npy")
+    client.sample("m", n=2, guidance=1.5, steps=9)
+    assert {name: script.body[name] for name in ("n", "guidance", "steps")} == {
+        "n": 2,
+        "guidance": 1.5,
+        "steps": 9,
+    }
+
+
 def test_log_likelihood_sends_lists_and_returns_nats(script: Script, client: Client) -> None:
     script.answer({"nats": [-1.5, -2.0], "kind": "exact"})
     x = np.zeros((2, 1, 2, 2), np.uint8)
@@ -89,6 +99,12 @@ def test_models_are_listed(script: Script, client: Client) -> None:
     script.answer({"models": [{"name": "digits-vae", "version": 1}], "registry_failure": None})
     assert client.models() == [{"name": "digits-vae", "version": 1}]
     assert (script.method, script.path) == ("GET", "/v1/models")
+
+
+def test_a_card_is_that_of_its_model(script: Script, client: Client) -> None:
+    script.answer({"name": "digits-vae", "options": {}})
+    assert client.card("digits-vae") == {"name": "digits-vae", "options": {}}
+    assert (script.method, script.path) == ("GET", "/v1/models/digits-vae")
 
 
 def test_the_detail_of_a_problem_is_the_error(script: Script, client: Client) -> None:
