@@ -80,19 +80,28 @@ def test_fitting_finds_the_mixture_that_made_the_data() -> None:
     assert sorted(fitted.log_weight.exp().tolist()) == pytest.approx([0.3, 0.7], abs=0.03)
 
 
+def log_posterior(mixture: ProductMixture, x: Tensor, prior: float) -> Tensor:
+    """What fitting should maximize, written down once more."""
+    frequency = independent(torch.nn.functional.one_hot(x.flatten(1).long(), 17).sum(0)).log_mass.exp()
+    log_prior = (frequency * mixture.log_mass).sum() + mixture.log_weight.sum()
+    return mixture.log_prob(x).sum() + prior * log_prior
+
+
 def test_every_step_of_fitting_raises_the_posterior(digits: Dataset) -> None:
-    x, prior = torch.tensor(digits.splits["train"].x[:300]), 5.0
-    counts = torch.nn.functional.one_hot(x.flatten(1).long(), 17).sum(0)
-    frequency = independent(counts).log_mass.exp()
-
-    def log_posterior(steps: int) -> float:
-        mixture = fit_mixture(x, 17, components=8, prior=prior, steps=steps)
-        log_prior = prior * ((frequency * mixture.log_mass).sum() + mixture.log_weight.sum())
-        return (mixture.log_prob(x).double().sum() + log_prior).item()
-
-    heights = [log_posterior(steps) for steps in range(1, 12)]
+    x = torch.tensor(digits.splits["train"].x[:300])
+    fits = [fit_mixture(x, 17, components=8, prior=5.0, steps=steps) for steps in range(1, 12)]
+    heights = [log_posterior(mixture, x, 5.0).item() for mixture in fits]
     assert all(later > earlier - 0.05 for earlier, later in pairwise(heights))
     assert heights[-1] > heights[0] + 100
+
+
+def test_fitting_ends_where_the_posterior_is_flat(digits: Dataset) -> None:
+    x = torch.tensor(digits.splits["train"].x[:300])
+    fitted = fit_mixture(x, 17, components=4, prior=30.0, steps=100)
+    weight, mass = fitted.log_weight.requires_grad_(), fitted.log_mass.requires_grad_()
+    height = log_posterior(ProductMixture(weight.log_softmax(0), mass.log_softmax(1)), x, 30.0)
+    for slope in torch.autograd.grad(height, (weight, mass)):
+        assert slope.abs().max() < 0.01  # of an example
 
 
 def test_a_prior_beyond_all_data_makes_dimensions_independent() -> None:
