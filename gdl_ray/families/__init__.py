@@ -7,10 +7,15 @@ from typing import Any
 import torch
 
 from gdl_ray.families.autoregressive import Autoregressive
+from gdl_ray.families.gan import GAN
 from gdl_ray.families.vae import VAE
 from gdl_ray.family import DataSpec, Family, Preset
 
-FAMILIES: Mapping[str, type[Family]] = {"autoregressive": Autoregressive, "vae": VAE}
+FAMILIES: Mapping[str, type[Family]] = {
+    "autoregressive": Autoregressive,
+    "vae": VAE,
+    "gan": GAN,
+}
 
 
 def key_of(family: Family) -> str:
