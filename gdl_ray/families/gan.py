@@ -56,6 +56,7 @@ _REAL, _CRITIC, _GENERATOR = 1, 2, 4  # the latter two take two streams each
 _PRIOR = 0
 
 _SLOPE = 0.2  # of the leaky rectifier below 0
+_RECTIFIED = math.sqrt(2 / (1 + _SLOPE**2))  # gain that makes up for what the rectifier takes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,14 +91,14 @@ class GANConfig:
 
 def digits() -> Preset:
     """8x8 images, each one square: a minute on a CPU core."""
-    model = GANConfig(patch=8, width=256, blocks=3, halvings=0)
-    return Preset(model=model, optimization=_optimization(1e-3), steps=4000)
+    model = GANConfig(patch=8, width=256, blocks=2, halvings=0)
+    return Preset(model=model, optimization=_optimization(1.5e-3, batch_size=128), steps=3500)
 
 
 def mnist() -> Preset:
     """28x28 images: ten minutes on a GPU."""
-    model = GANConfig(patch=2, width=32, blocks=1, halvings=2, penalty=1.0)
-    return Preset(model=model, optimization=_optimization(1e-3), steps=20_000)
+    model = GANConfig(width=16, penalty=5.0)
+    return Preset(model=model, optimization=_optimization(5e-4), steps=20_000)
 
 
 def cifar10() -> Preset:
@@ -106,9 +107,10 @@ def cifar10() -> Preset:
     return Preset(model=model, optimization=_optimization(2e-4), steps=100_000)
 
 
-def _optimization(learning_rate: float) -> Optimization:
+def _optimization(learning_rate: float, batch_size: int = 64) -> Optimization:
     # Without momentum: the opponent has moved on. The penalties keep gradients small, so nothing is clipped.
     return Optimization(
+        batch_size=batch_size,
         learning_rate=learning_rate,
         betas=(0.0, 0.99),
         weight_decay=0.0,
@@ -127,6 +129,7 @@ class GAN(Family, Decoder):
     Config = GANConfig
     widths = ("width",)
     depths = ("blocks",)
+    healthy = {"margin": (-10, 50), "r1": (0, 20), "r2": (0, 20)}
     advice = "raise --model.penalty or lower --optimization.learning-rate"
 
     def __init__(self, config: GANConfig, spec: DataSpec):
@@ -208,8 +211,7 @@ class _Generator(nn.Module):
 
     def __init__(self, config: GANConfig, spec: DataSpec):
         super().__init__()
-        self.patch, self.levels = config.patch, spec.levels
-        _, self.height, self.width = spec.shape
+        self.patch, self.spec = config.patch, spec
         grids, channels = _grids(config, spec), _channels(config)
         self.class_vector = ClassEmbedding(spec.classes, config.latent)
         self.first = _scaled(nn.Linear(2 * config.latent, channels[-1] * math.prod(grids[-1])))
@@ -217,18 +219,18 @@ class _Generator(nn.Module):
         for i in reversed(range(len(grids))):
             layers += _stage(config, channels[i], grids[i])
             if i:
-                layers += [
-                    _pointwise(channels[i], channels[i - 1]),
-                    nn.Upsample(grids[i - 1], mode="bilinear"),
-                ]
-        layers += [nn.LeakyReLU(_SLOPE), _layer(channels[0], spec.shape[0] * config.patch**2, grids[0])]
-        self.layers = nn.Sequential(*layers)
+                narrower = _scaled(nn.Conv2d(channels[i], channels[i - 1], 1))
+                layers += [narrower, nn.Upsample(grids[i - 1], mode="bilinear")]
+        last = _layer(channels[0], spec.shape[0] * self.patch**2, grids[0], _RECTIFIED)
+        self.layers = nn.Sequential(*layers, nn.LeakyReLU(_SLOPE), last)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        h = self.layers(self.first(torch.cat([z, self.class_vector(y)], dim=1)))
-        x = F.pixel_shuffle(h.float().tanh(), self.patch)[:, :, : self.height, : self.width]
-        # From the middle of the lowest level to that of the highest, so that both are easy to keep to.
-        return x * (1 - 1 / self.levels)
+        _, height, width = self.spec.shape
+        h = self.layers(self.first(torch.cat([z, self.class_vector(y)], dim=1))).float()
+        h = F.pixel_shuffle(h, self.patch)[:, :, :height, :width]
+        # From the middle of the lowest level to that of the highest, so that both are easy to keep to. Not
+        # by tanh, whose slope is zero too soon: images once black would stay black.
+        return h * (h.square() + 1).rsqrt() * (1 - 1 / self.spec.levels)
 
 
 class _Critic(nn.Module):
@@ -238,10 +240,11 @@ class _Critic(nn.Module):
         super().__init__()
         self.patch = config.patch
         grids, channels = _grids(config, spec), _channels(config)
-        layers: list[nn.Module] = [_layer(spec.shape[0] * config.patch**2, channels[0], grids[0])]
+        layers = [_layer(spec.shape[0] * self.patch**2, channels[0], grids[0], gain=1.0)]
         for i in range(len(grids)):
             if i:
-                layers += [nn.Upsample(grids[i], mode="bilinear"), _pointwise(channels[i - 1], channels[i])]
+                wider = _scaled(nn.Conv2d(channels[i - 1], channels[i], 1))
+                layers += [nn.Upsample(grids[i], mode="bilinear"), wider]
             layers += _stage(config, channels[i], grids[i])
         self.layers = nn.Sequential(*layers, nn.LeakyReLU(_SLOPE), nn.Flatten())
         features = channels[-1] * math.prod(grids[-1])
@@ -283,7 +286,7 @@ class _Block(nn.Module):
 
     def __init__(self, channels: int, grid: tuple[int, int], branches: int):
         super().__init__()
-        self.first = _layer(channels, channels, grid, gain=branches**-0.5)
+        self.first = _layer(channels, channels, grid, gain=_RECTIFIED * branches**-0.5)
         self.second = _layer(channels, channels, grid, gain=0.0)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -292,7 +295,7 @@ class _Block(nn.Module):
         return h + added
 
 
-def _layer(inputs: int, outputs: int, grid: tuple[int, int], gain: float = 1.0) -> nn.Module:
+def _layer(inputs: int, outputs: int, grid: tuple[int, int], gain: float) -> nn.Module:
     """Make a 3x3 convolution; on a grid of one square that is a matrix product, and faster called so."""
     if grid != (1, 1):
         return _scaled(nn.Conv2d(inputs, outputs, 3, padding=1), gain)
@@ -300,15 +303,10 @@ def _layer(inputs: int, outputs: int, grid: tuple[int, int], gain: float = 1.0) 
     return nn.Sequential(nn.Flatten(), product, nn.Unflatten(1, (outputs, 1, 1)))
 
 
-def _pointwise(inputs: int, outputs: int) -> nn.Module:
-    return _scaled(nn.Conv2d(inputs, outputs, 1))
-
-
 def _scaled(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> nn.Module:
-    """Draw weights that keep the variance of what a leaky rectifier lets through, times the gain squared."""
-    nn.init.kaiming_normal_(layer.weight, a=_SLOPE)
+    """Draw weights that multiply the mean square of their inputs by the square of the gain."""
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
     with torch.no_grad():
-        layer.weight.mul_(gain)
         if layer.bias is not None:
             layer.bias.zero_()
     return layer

@@ -1,5 +1,7 @@
 """The GAN against critics whose gradients are known in closed form, and on data that can be counted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,8 +107,9 @@ def test_squared_gradients_agree_with_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("phase", GAN.phases)
-def test_gradients_are_those_of_the_phase_and_its_network_alone(phase: str) -> None:
-    model = disturbed(gan())
+def test_gradients_are_those_of_the_phase(phase: str) -> None:
+    # Without the penalties, which jump where a rectifier switches: finite differences would see that.
+    model = disturbed(gan(replace(SMALL, penalty=0.0)))
     require_grad(model, phase)
     loss = model(batch_of(), phase).loss
     owned: list[Tensor] = list(model.phase_parameters(phase))
@@ -204,14 +207,15 @@ def test_every_pixel_of_any_size_is_made_and_judged(patch: int, halvings: int) -
     assert (leaf.grad != 0).any(0).all()
 
 
-def test_the_generator_reaches_the_middles_of_the_outer_levels_and_stays_within() -> None:
+def test_the_generator_fills_the_range_from_the_middle_of_one_outer_level_to_that_of_the_other() -> None:
     model = gan()
     with torch.no_grad():
         for parameter in model.generator.parameters():
-            parameter.mul_(10)
+            parameter.mul_(8)
     x = model.generator(normal(fold(0, torch.arange(64)), (SMALL.latent,)), torch.arange(64) % 10)
-    outer = logistic.centers(torch.tensor([0, 16]), 17)
-    torch.testing.assert_close(torch.stack(x.aminmax()), outer)
+    lowest, highest = logistic.centers(torch.tensor([0, 16]), GREY.levels)
+    assert lowest <= x.min() < lowest + 1e-3
+    assert highest - 1e-3 < x.max() <= highest
 
 
 def test_residual_branches_start_at_zero() -> None:
