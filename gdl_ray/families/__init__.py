@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from gdl_ray.families.autoregressive import Autoregressive
+from gdl_ray.families.flow import Flow
 from gdl_ray.families.gan import GAN
 from gdl_ray.families.vae import VAE
 from gdl_ray.family import DataSpec, Family, Preset
 
 FAMILIES: Mapping[str, type[Family]] = {
     "autoregressive": Autoregressive,
+    "flow": Flow,
     "vae": VAE,
     "gan": GAN,
 }

@@ -4,14 +4,18 @@ Level x and a uniform u within its bin become z = Phi^-1(F(x + u)), where F is t
 distribution function whose bins have learned masses: the first half of a Gaussian copula. With the masses at
 the frequencies of the data, and z normal, the model is that of independent dimensions: what is built on z
 starts from there, and has only the dependence to learn.
+
+Both tails are computed as sums of masses, never as one minus the other: in float32 a level that one example
+in a million shows still has its own place on the line.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-_TAIL = 1e-6  # F stays so far from 0 and 1, lest z be infinite
+_LEAST = 1e-30  # a smaller tail would be at infinity
 
 
 class MarginalGaussianization(nn.Module):
@@ -42,13 +46,13 @@ class MarginalGaussianization(nn.Module):
         """
         log_mass = self.log_mass.log_softmax(1)
         mass = log_mass.exp()
-        below = mass.cumsum(1) - mass
-        x = x.long()
-        dimension = torch.arange(x.shape[1], device=x.device).expand_as(x)
-        v = (below[dimension, x] + u * mass[dimension, x]).clamp(_TAIL, 1 - _TAIL)
-        z = math.sqrt(2) * torch.erfinv(2 * v - 1)
+        x, u = x.long().T, u.T  # as the tables: dimensions first
+        lower = _below(mass).gather(1, x) + u * mass.gather(1, x)
+        upper = _above(mass).gather(1, x) + (1 - u) * mass.gather(1, x)
+        smaller = torch.special.ndtri(torch.minimum(lower, upper).clamp(min=_LEAST))
+        z = torch.where(lower < upper, smaller, -smaller)
         log_normal = -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
-        return z, (log_mass[dimension, x] - log_normal).sum(1)
+        return z.T, (log_mass.gather(1, x) - log_normal).sum(0)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map normal variables, shape (B, dims), back.
@@ -57,9 +61,26 @@ class MarginalGaussianization(nn.Module):
             Levels, int64, and where in its bin each lies, in [0, 1]; both (B, dims).
         """
         mass = self.log_mass.softmax(1)
-        above = mass.cumsum(1)
-        v = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-        x = torch.searchsorted(above, v.T.contiguous()).T.clamp(max=mass.shape[1] - 1)
-        dimension = torch.arange(x.shape[1], device=x.device).expand_as(x)
-        u = (v - (above - mass)[dimension, x]) / mass[dimension, x]
-        return x, u.clamp(0, 1)
+        smaller = torch.special.ndtr(-z.abs()).T.contiguous()
+        from_first, into_first = _locate(mass, smaller)
+        from_last, into_last = _locate(mass.flip(1), smaller)
+        low = z < 0
+        x = torch.where(low, from_first.T, mass.shape[1] - 1 - from_last.T)
+        return x, torch.where(low, into_first.T, 1 - into_last.T)
+
+
+def _below(mass: Tensor) -> Tensor:
+    """Sum the masses of the levels below each: (dims, levels)."""
+    return F.pad(mass.cumsum(1)[:, :-1], (1, 0))
+
+
+def _above(mass: Tensor) -> Tensor:
+    """Sum the masses of the levels above each: (dims, levels)."""
+    return _below(mass.flip(1)).flip(1)
+
+
+def _locate(mass: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the bin in which the masses add up to v, and the share of the bin it takes; (dims, B) each."""
+    x = torch.searchsorted(mass.cumsum(1), v).clamp(max=mass.shape[1] - 1)
+    share = (v - _below(mass).gather(1, x)) / mass.gather(1, x)
+    return x, share.clamp(0, 1)
