@@ -247,7 +247,7 @@ class _Autoregressive(_Block):
         self.register_buffer("places", slots.flatten().argsort()[: spec.dims], persistent=False)
         self.register_buffer("present", slots < spec.dims, persistent=False)
         self.embed = nn.Linear(P, config.width)
-        self.position = nn.Parameter(0.02 * torch.randn(T, config.width))
+        self.position = nn.Parameter(nn.init.normal_(torch.empty(T, config.width), std=0.02))
         self.embed_class = ClassEmbedding(spec.classes, config.width)
         self.transformer = CausalTransformer(config.width, config.depth, config.heads, config.dropout)
         self.head = _near_zero(nn.Linear(config.width, P * (2 + P)))
@@ -256,7 +256,7 @@ class _Autoregressive(_Block):
         tokens = self._split(x)
         before = F.pad(tokens, (0, 0, 1, -1))  # each position sees the token before it
         h = self.embed(before) + self.position + self.embed_class(y)[:, None]
-        affine, mix = self._read(self.head(self.transformer(h, key, stream)))
+        affine, mix = self._read(self.transformer(h, key, stream), self.present)
         log_scale, shift = _log_scale_and_shift(affine, self.present)
         mixed = (mix @ tokens[..., None]).squeeze(-1)
         z = torch.exp(-log_scale) * (tokens - shift - mixed)  # (2)
@@ -273,7 +273,8 @@ class _Autoregressive(_Block):
         for t in range(T):
             index = torch.full_like(y, t)
             h = self.embed(x[:, max(t - 1, 0)]) + self.position[t]
-            asked = [self._read(self.head(self.transformer.step(h + c, cache, index))) for c, cache in passes]
+            hidden = [self.transformer.step(h + label, cache, index) for label, cache in passes]
+            asked = [self._read(each, self.present[t]) for each in hidden]
             affine = _guided([affine for affine, _ in asked], guidance)
             # Never beyond the label's own: the inverse of an exaggerated C has no bound.
             mix = _guided([mix for _, mix in asked], guidance.clamp(max=1))
@@ -281,11 +282,11 @@ class _Autoregressive(_Block):
             x[:, t] = _unmix(mix, torch.exp(log_scale) * tokens[:, t] + shift)
         return self._join(x)
 
-    def _read(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the head's output apart: (..., 2 P) for scale and shift, and C, (..., P, P)."""
-        P = self.slots.shape[1]
-        affine, mix = torch.split(raw.float(), [2 * P, P * P], dim=-1)
-        return affine, mix.view(*mix.shape[:-1], P, P).tril(-1)
+    def _read(self, h: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Find what becomes scale and shift, (..., 2 P), and C, (..., P, P), of patches with these pixels."""
+        P = present.shape[-1]
+        affine, mix = torch.split(self.head(h).float(), [2 * P, P * P], dim=-1)
+        return affine, mix.view(*mix.shape[:-1], P, P).tril(-1) * present[..., None]
 
     def _split(self, x: Tensor) -> Tensor:
         """Cut vectors, (B, D), into tokens, (B, T, P), with zeros where a patch lacks pixels."""

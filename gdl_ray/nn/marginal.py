@@ -61,7 +61,8 @@ class MarginalGaussianization(nn.Module):
             Levels, int64, and where in its bin each lies, in [0, 1]; both (B, dims).
         """
         mass = self.log_mass.softmax(1)
-        smaller = torch.special.ndtr(-z.abs()).T.contiguous()
+        # The smaller tail of the normal; torch.special.ndtr has no correct digit far out in float32.
+        smaller = 0.5 * torch.erfc(z.abs() / math.sqrt(2)).T.contiguous()
         from_first, into_first = _locate(mass, smaller)
         from_last, into_last = _locate(mass.flip(1), smaller)
         low = z < 0
