@@ -35,9 +35,10 @@ from gdl_ray.families import FAMILIES, build, preset
 from gdl_ray.family import Family, Likelihood, Preset
 from gdl_ray.home import home
 from gdl_ray.random import fold
+from gdl_ray.train import loop
 from gdl_ray.train.checkpoint import load_family
 from gdl_ray.train.local import LocalRun
-from gdl_ray.train.loop import Budget, Plan, train
+from gdl_ray.train.loop import Budget, Plan
 
 TIGHT_SAMPLES = {"vae": 1000, "flow": 64, "hierarchical": 64}
 TIMED_SAMPLES = 360
@@ -66,10 +67,19 @@ def trained(key: str, digits: Dataset, asked: argparse.Namespace) -> Family:
     print(f"{key} {chosen}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         run = LocalRun(Path(folder))
-        train(build(key, chosen.model, digits.spec, asked.seed), digits, plan, run, clock=time.process_time)
+        loop.train(
+            build(key, chosen.model, digits.spec, asked.seed), digits, plan, run, clock=time.process_time
+        )
         if run.best is None:
             raise RuntimeError("no checkpoint was written")
         return load_family(run.best)
+
+
+def alike(y: Tensor, other: Tensor, draw: int) -> Tensor:
+    """Draw rows of labels y such that each class is as frequent as in another set; each draw has its own."""
+    order = fold(7, torch.arange(len(y))).argsort()
+    counts = enumerate(torch.bincount(other).tolist())
+    return torch.cat([order[y[order] == label][draw * n :][:n] for label, n in counts])
 
 
 @contextmanager
@@ -136,9 +146,8 @@ class Judge:
 
     def references(self) -> None:
         """Print the figures of data, and of models that need no network."""
-        x, y = (
-            torch.tensor(array) for array in (self.digits.splits["train"].x, self.digits.splits["train"].y)
-        )
+        train = self.digits.splits["train"]
+        x, y = torch.tensor(train.x), torch.tensor(train.y)
         if self.spec.counts is None:
             raise RuntimeError("the data have no counts")
         pixels = independent(self.spec.counts)
@@ -148,9 +157,10 @@ class Judge:
             mixture = fit_mixture(x, self.spec.levels, seed=seed)
             self.density(f"mixture of 40 products, seed {seed}", mixture)
         n = len(self.split)
-        keys, order = fold(7, torch.arange(n)), fold(7, torch.arange(len(x))).argsort()
+        keys = fold(7, torch.arange(n))
         self.heading()
-        for draw, rows in enumerate(torch.split(order, n)[:3]):
+        for draw in range(3):
+            rows = alike(y, torch.tensor(self.split.y), draw)
             self.samples(f"training images, draw {draw}", x[rows], y[rows])
         self.samples("independent pixels", pixels.sample(keys).view(n, *self.spec.shape))
         self.samples("mixture of 40 products", mixture.sample(keys).view(n, *self.spec.shape))
