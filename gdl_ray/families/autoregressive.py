@@ -96,7 +96,9 @@ class AutoregressiveConfig:
 
 def digits() -> Preset:
     """8x8 images: a minute on one CPU core."""
-    optimization = Optimization(batch_size=32, learning_rate=4e-3, weight_decay=0.1, precision="bfloat16")
+    optimization = Optimization(
+        batch_size=32, learning_rate=6e-3, weight_decay=0.1, ema_decay=0.997, precision="bfloat16"
+    )
     return Preset(model=AutoregressiveConfig(), optimization=optimization, steps=2000)
 
 
@@ -150,6 +152,8 @@ class Autoregressive(Family, Likelihood, Completion):
         self.row = nn.Embedding(height, config.width)
         self.column = nn.Embedding(self.columns, config.width)
         self.label = ClassEmbedding(spec.classes, config.width)
+        for table in (self.row, self.column, self.label.table):
+            nn.init.normal_(table.weight, std=0.02)  # where a position is must not drown what it sees
         self.transformer = CausalTransformer(config.width, config.depth, config.heads, config.dropout)
 
     def forward(self, batch: Batch, phase: str = "main") -> Losses:
