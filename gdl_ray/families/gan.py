@@ -104,7 +104,7 @@ def mnist() -> Preset:
 def cifar10() -> Preset:
     """32x32 colour images: hours on a GPU."""
     model = GANConfig(width=64, blocks=2, halvings=3, penalty=0.05)
-    return Preset(model=model, optimization=_optimization(2e-4), steps=100_000)
+    return Preset(model=model, optimization=_optimization(2e-4, batch_size=256), steps=100_000)
 
 
 def _optimization(learning_rate: float, batch_size: int = 64) -> Optimization:
@@ -228,9 +228,9 @@ class _Generator(nn.Module):
         _, height, width = self.spec.shape
         h = self.layers(self.first(torch.cat([z, self.class_vector(y)], dim=1))).float()
         h = F.pixel_shuffle(h, self.patch)[:, :, :height, :width]
-        # From the middle of the lowest level to that of the highest, so that both are easy to keep to. Not
-        # by tanh, whose slope is zero too soon: images once black would stay black.
-        return h * (h.square() + 1).rsqrt() * (1 - 1 / self.spec.levels)
+        # From the middle of the lowest level to that of the highest, so that both are easy to keep to. Soon
+        # there, as by tanh, but with a slope left far out: images once black would stay black otherwise.
+        return h * (h**4 + 1) ** -0.25 * (1 - 1 / self.spec.levels)
 
 
 class _Critic(nn.Module):
