@@ -9,6 +9,7 @@ import torch
 from gdl_ray.families.autoregressive import Autoregressive
 from gdl_ray.families.flow import Flow
 from gdl_ray.families.gan import GAN
+from gdl_ray.families.hierarchical import Hierarchical
 from gdl_ray.families.vae import VAE
 from gdl_ray.family import DataSpec, Family, Preset
 
@@ -16,6 +17,7 @@ FAMILIES: Mapping[str, type[Family]] = {
     "autoregressive": Autoregressive,
     "flow": Flow,
     "vae": VAE,
+    "hierarchical": Hierarchical,
     "gan": GAN,
 }
 
