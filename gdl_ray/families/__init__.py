@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gdl_ray.families.autoregressive import Autoregressive
+from gdl_ray.families.energy import Energy
 from gdl_ray.families.flow import Flow
 from gdl_ray.families.gan import GAN
 from gdl_ray.families.hierarchical import Hierarchical
@@ -17,6 +18,7 @@ FAMILIES: Mapping[str, type[Family]] = {
     "autoregressive": Autoregressive,
     "flow": Flow,
     "vae": VAE,
+    "energy": Energy,
     "hierarchical": Hierarchical,
     "gan": GAN,
 }

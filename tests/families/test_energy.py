@@ -1,0 +1,311 @@
+"""The energy-based model against laws known in closed form, by quadrature and by enumeration."""
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdl_ray.data import Dataset, training_batch
+from gdl_ray.families import build
+from gdl_ray.families.energy import Energy, EnergyConfig, Point, anneal, langevin, log_mean
+from gdl_ray.family import UNLABELLED, Batch, DataSpec
+from gdl_ray.random import fold, normal, uniform
+
+PRECISION = torch.tensor([[3.0, 1.2], [1.2, 1.5]])  # of a correlated Gaussian, whose mean is MEAN
+MEAN = torch.tensor([0.5, -1.0])
+PAIR = DataSpec(
+    name="pair",
+    kind="image",
+    shape=(1, 1, 2),
+    levels=3,
+    classes=2,
+    counts=torch.tensor([[50, 30, 20], [10, 60, 30]]),
+)
+
+
+def gaussian_tilt(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn N(0, I) into N(MEAN, PRECISION^-1): f(z) = -z (P - I) z / 2 + z P mean."""
+    slope: Tensor = z - z @ PRECISION + PRECISION @ MEAN
+    return ((slope + PRECISION @ MEAN) * z).sum(1, keepdim=True) / 2, slope
+
+
+GAUSSIAN_LOG_Z = (0.5 * (MEAN @ PRECISION @ MEAN) - 0.5 * torch.logdet(PRECISION)).item()
+
+
+def gaussian_draws(count: int, seed: int) -> Tensor:
+    noise = normal(fold(seed, torch.arange(count)), (2,), 0)
+    draws: Tensor = MEAN + noise @ torch.linalg.inv(torch.linalg.cholesky(PRECISION))
+    return draws
+
+
+def run_chains(z: Tensor, moves: int, size: float, untested: bool = False) -> tuple[Tensor, float]:
+    keys, at, moved = fold(5, torch.arange(len(z))), Point(z, *gaussian_tilt(z)), 0.0
+    for number in range(moves):
+        at, passed = langevin(gaussian_tilt, at, keys, number, 1.0, size, untested=untested)
+        moved += passed.float().mean().item() / moves
+    return at.z, moved
+
+
+@pytest.mark.parametrize("moves", [1, 5])
+def test_a_move_leaves_the_law_of_the_model_as_it_is(moves: int) -> None:
+    count = 50_000
+    z, moved = run_chains(gaussian_draws(count, 0), moves, size=1.0)
+    assert 0.3 < moved < 0.9
+    covariance = torch.linalg.inv(PRECISION)
+    torch.testing.assert_close(z.mean(0), MEAN, atol=5 * covariance.max().item() / count**0.5, rtol=0)
+    torch.testing.assert_close(z.T.cov(), covariance, atol=8 / count**0.5, rtol=0)
+
+
+def test_a_move_is_as_likely_as_the_one_back() -> None:
+    start = gaussian_draws(100_000, 1)
+    end, _ = run_chains(start, 1, size=1.0)
+    difference = start[:, 0].sin() * end[:, 1].square() - end[:, 0].sin() * start[:, 1].square()
+    assert abs(difference.mean()) < 4 * difference.std() / len(start) ** 0.5
+
+
+def test_chains_find_the_law_from_afar_and_untested_ones_nearly() -> None:
+    far = torch.full((20_000, 2), 4.0)
+    covariance = torch.linalg.inv(PRECISION)
+    tested, _ = run_chains(far, 60, size=0.8)
+    untested, moved = run_chains(far, 100, size=0.3, untested=True)
+    assert moved == pytest.approx(1)
+    for z, slack in ((tested, 0.03), (untested, 0.08)):
+        torch.testing.assert_close(z.mean(0), MEAN, atol=slack, rtol=0)
+        torch.testing.assert_close(z.T.cov(), covariance, atol=slack, rtol=0)
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_annealing_finds_a_constant_that_is_known(rising: bool) -> None:
+    keys = fold(2, torch.arange(3000))
+    z = normal(keys, (2,), 0) if rising else gaussian_draws(3000, 3)
+    betas = torch.linspace(0, 1, 21).tolist()
+    _, log_weight = anneal(gaussian_tilt, z, keys, betas if rising else betas[::-1], 0.5)
+    log_ratio, effective = log_mean(log_weight)
+    error = (1 / effective - 1 / len(z)).sqrt().item()
+    assert 0.005 < error < 0.03
+    assert log_ratio.item() == pytest.approx(GAUSSIAN_LOG_Z if rising else -GAUSSIAN_LOG_Z, abs=4 * error)
+
+
+def test_the_worth_of_weights() -> None:
+    assert log_mean(torch.full((7,), 3.0))[1].item() == pytest.approx(7)
+    assert log_mean(torch.tensor([100.0, 0.0, 0.0]))[1].item() == pytest.approx(1)
+
+
+class Exact(NamedTuple):
+    """What a model of two pixels is, by quadrature."""
+
+    log_z: Tensor
+    classes: Tensor  # p(y)
+    images: Tensor  # p(x), by level of either pixel, (3, 3)
+    labelled: Tensor  # p(x | y), (2, 3, 3)
+
+
+def exact(model: Energy, points: int = 501) -> Exact:
+    side = torch.linspace(-5.5, 5.5, points)
+    z = torch.cartesian_prod(side, side)
+    log_base = -0.5 * z.square().sum(1) - math.log(2 * math.pi) + 2 * math.log(11 / (points - 1))
+    log_joint = log_base[:, None] + model.logits(z)
+    log_z = log_joint.flatten().logsumexp(0)
+    x = model.marginal.inverse(z.detach())[0]
+    joint = torch.zeros(9, 2).index_add(0, x[:, 0] * 3 + x[:, 1], (log_joint - log_z).exp())
+    classes = joint.sum(0)
+    return Exact(log_z, classes, joint.sum(1).view(3, 3), (joint / classes).T.reshape(2, 3, 3))
+
+
+def pair_model(**fields: Any) -> Energy:
+    config = EnergyConfig(width=16, temperatures=200, move_size=0.5)
+    model = build("energy", replace(config, **fields), PAIR, seed=7)
+    assert isinstance(model, Energy)
+    with torch.no_grad():  # far from the base, and from one class to the other
+        for parameter in model.logits.parameters():
+            parameter.mul_(2.5)
+    return model
+
+
+def every_pair() -> Tensor:
+    levels = torch.arange(3, dtype=torch.uint8)
+    return torch.cartesian_prod(levels, levels).view(9, 1, 1, 2)
+
+
+def shares(x: Tensor) -> Tensor:
+    """How often each pair of levels occurs, (3, 3)."""
+    return torch.bincount(x.flatten(1).long() @ torch.tensor([3, 1]), minlength=9).view(3, 3) / len(x)
+
+
+def test_the_likelihood_is_normalized() -> None:
+    model = pair_model().eval()
+    truth = exact(model)
+    independent = PAIR.counts.float() / 100  # type: ignore[union-attr]
+    assert (truth.images - independent[0][:, None] * independent[1]).abs().max() > 0.05
+    model.normalize(chains=4000)
+    assert model.log_z.item() == pytest.approx(truth.log_z.item(), abs=0.05)
+    torch.testing.assert_close(model.log_class.exp(), truth.classes, atol=0.03, rtol=0)
+    assert (truth.classes - 0.5).abs().max() > 0.05
+    x, keys = every_pair(), fold(4, torch.arange(9))
+    for label, expected in [(UNLABELLED, truth.images), (0, truth.labelled[0]), (1, truth.labelled[1])]:
+        batch = Batch(x, torch.full((9,), label), keys)
+        found = model.log_likelihood(batch, samples=3000).exp()
+        torch.testing.assert_close(found.view(3, 3), expected, atol=0.03, rtol=0)
+        assert found.sum().item() == pytest.approx(1, abs=0.05)
+
+
+def test_reverse_annealing_agrees_and_normalizing_is_done_when_due() -> None:
+    model = pair_model().eval()
+    truth = exact(model)
+    batch = Batch(every_pair(), torch.full((9,), UNLABELLED), fold(4, torch.arange(9)))
+    assert model.log_z.isinf()
+    assert model.log_likelihood(batch).isfinite().all()
+    assert model.effective_chains > 100
+    keys = fold(6, torch.arange(2000))
+    state = model.sampler().start(
+        keys,
+        torch.full_like(keys, UNLABELLED),
+        {name: torch.full((2000,), 200.0) for name in model.sampler().options},
+    )
+    for i in range(200):
+        state = model.sampler().step(state, torch.full_like(keys, i))
+    log_z, effective = model.reverse_log_z(state["z"])
+    assert log_z == pytest.approx(truth.log_z.item(), abs=0.06)
+    assert effective > 500
+
+
+def test_samples_follow_the_model() -> None:
+    model = pair_model().eval()
+    truth, keys = exact(model), fold(7, torch.arange(4000))
+    ones = torch.ones_like(keys)
+    for labels, options, expected, slack in [
+        (None, {}, truth.images, 0.03),
+        (ones, {}, truth.labelled[1], 0.03),
+        (ones, {"guidance": 0.0}, truth.images, 0.03),
+        (None, {"metropolis": 0.0}, truth.images, 0.1),
+    ]:
+        found = shares(model.sample(keys, labels, **options))
+        torch.testing.assert_close(found, expected, atol=slack, rtol=0)
+    assert (truth.images - truth.labelled[1]).abs().max() > 0.06
+
+
+def test_guidance_exaggerates_the_label() -> None:
+    model = pair_model().eval()
+    keys = fold(8, torch.arange(500))
+
+    def certainty(guidance: float) -> float:
+        x = model.sample(keys, torch.ones_like(keys), guidance=guidance)
+        z, _ = model.marginal(x.flatten(1), torch.full((500, 2), 0.5))
+        return float(model.logits(z).softmax(1)[:, 1].mean().detach())
+
+    assert certainty(0) + 0.05 < certainty(1) < certainty(4) - 0.01
+
+
+def law_of_completions(model: Energy, level: int, points: int = 400) -> Tensor:
+    """Law of the second pixel given the first, the first one's place in its bin at random: (3,)."""
+    u = ((torch.arange(points) + 0.5) / points)[:, None].expand(points, 2)
+    first = model.marginal(torch.full((points, 2), level), u)[0][:, :1]
+    second = torch.linspace(-5.5, 5.5, points)
+    z = torch.stack([first.expand(points, points), second.expand(points, points)], 2).detach()
+    log_joint = model.logits(z.flatten(0, 1)).logsumexp(1).view(points, points) - 0.5 * second.square()
+    share = log_joint.softmax(1).mean(0)
+    x = model.marginal.inverse(torch.stack([second, second], 1))[0][:, 1]
+    return torch.zeros(3).index_add(0, x, share)
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_completions_keep_what_is_known_and_follow_the_conditional(level: int) -> None:
+    model = pair_model().eval()
+    x = torch.tensor([level, 255], dtype=torch.uint8).expand(4000, 1, 1, 2)  # 255: not to be read
+    known = torch.tensor([True, False]).expand(4000, 1, 1, 2)
+    found = model.complete(x, known, fold(9, torch.arange(4000)))
+    assert (found[..., 0] == level).all()
+    expected = law_of_completions(model, level)
+    torch.testing.assert_close(shares(found)[level], expected, atol=0.03, rtol=0)
+    assert (expected - exact(model).images.sum(0)).abs().max() > 0.05
+
+
+def test_the_gradient_of_the_loss_is_that_of_the_exact_likelihood() -> None:
+    model = pair_model(chains=100, moves=200, class_weight=0.0, energy_decay=0.0)
+    keys = fold(10, torch.arange(90))
+    x = every_pair().repeat(10, 1, 1, 1)
+    batch = Batch(x, torch.full((90,), UNLABELLED), keys)
+    model(batch).loss.backward()
+    z, log_slope = model.marginal(x.flatten(1), uniform(keys, (2,), 0))
+    log_joint = model.logits(z).logsumexp(1) - 0.5 * z.square().sum(1) + log_slope
+    exact_loss = exact(model, 301).log_z - log_joint.mean()
+    expected = torch.autograd.grad(exact_loss, list(model.parameters()))
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert (parameter.grad - gradient).norm() < 0.05 * gradient.norm() + 0.02
+
+
+def digits_model(dataset: Dataset, **fields: Any) -> Energy:
+    model = build("energy", replace(EnergyConfig(width=32, chains=2, moves=3), **fields), dataset.spec)
+    assert isinstance(model, Energy)
+    return model
+
+
+def test_chains_start_at_the_base_and_continue(digits: Dataset) -> None:
+    model = digits_model(digits, move_size=1e-4)
+    first, second, other = (
+        training_batch(digits.splits["train"], seed=0, step=step, batch_size=size)
+        for step, size in ((0, 64), (1, 64), (2, 32))
+    )
+    model.eval()(first)
+    assert not model.carried  # evaluation leaves no trace
+    model.train()(first)
+    start = model.carried["chains"].clone()
+    assert start.shape == (64, 2, 64)
+    assert start.mean().item() == pytest.approx(0, abs=0.05)
+    assert start.std().item() == pytest.approx(1, abs=0.05)
+    model(second)
+    moved = (model.carried["chains"] - start).abs()
+    assert 0 < moved.mean() < 0.05
+    model(other)
+    assert model.carried["chains"].shape == (32, 2, 64)
+
+
+def test_two_halves_are_the_whole(digits: Dataset) -> None:
+    def run(world: int, rank: int) -> Energy:
+        model = digits_model(digits)
+        for step in range(2):
+            model.zero_grad()
+            batch = training_batch(
+                digits.splits["train"], seed=0, step=step, batch_size=16, rank=rank, world=world
+            )
+            model(batch).loss.backward()
+        return model
+
+    whole, *halves = run(1, 0), run(2, 0), run(2, 1)
+    chains = torch.cat([half.carried["chains"] for half in halves])
+    torch.testing.assert_close(whole.carried["chains"], chains, atol=1e-4, rtol=1e-4)
+    for together, *apart in zip(*(model.parameters() for model in (whole, *halves)), strict=True):
+        assert together.grad is not None
+        mean = torch.stack([part.grad for part in apart if part.grad is not None]).mean(0)
+        torch.testing.assert_close(together.grad, mean, atol=1e-4, rtol=1e-3)
+
+
+def test_an_image_sized_network_halves_any_size() -> None:
+    spec = DataSpec(name="odd", kind="image", shape=(2, 13, 9), levels=4, classes=0)
+    model = build("energy", EnergyConfig(halvings=3, temperatures=10), spec)
+    assert isinstance(model, Energy)
+    assert model.logits(torch.zeros(5, spec.dims)).shape == (5, 1)
+    assert model.sample(fold(0, torch.arange(2))).shape == (2, 2, 13, 9)
+
+
+def test_what_is_watched_is_what_is_reported(digits: Dataset) -> None:
+    batch = training_batch(digits.splits["train"], seed=0, step=0, batch_size=8)
+    metrics = digits_model(digits)(batch).metrics
+    for name, (least, most) in Energy.healthy.items():
+        assert least < metrics[name] < most
+
+
+@pytest.mark.parametrize("field", ["width", "depth", "channels", "chains", "moves", "temperatures"])
+def test_impossible_sizes_are_named(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):
+        EnergyConfig(**{field: 0})
+
+
+@pytest.mark.parametrize(("field", "value"), [("label_drop", 1.5), ("energy_decay", -1.0), ("move_size", 0)])
+def test_numbers_out_of_range_are_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field}={value} must"):
+        EnergyConfig(**{field: value})
