@@ -4,7 +4,7 @@ The engine owns a fixed number of slots, the rows of one state. Waiting samples 
 step, each slot counts its own steps, and a sample leaves when it has taken them all: no request waits for
 another to end, and none waits for a batch to fill.
 
-The state always has all its rows, used or not: a free row repeats the sample that it held last, for nobody.
+The state always has all its rows, used or not: a free row repeats the last step that it took, for nobody.
 So a sample meets the same kernels, of the same shapes, alone or in a crowd, and its values do not depend on
 how many neighbours it has.
 """
@@ -51,6 +51,8 @@ class Job:
     labels: Tensor
     options: Mapping[str, float]
     """A value of every option that the sampler has."""
+    steps: int
+    """How many steps each of the samples takes."""
     future: "Future[Tensor]" = field(default_factory=Future)
     """Resolves to the samples in the order of the labels, on the CPU: uint8 (n, C, H, W) or int64 (n, T)."""
     admitted: int = 0
@@ -150,7 +152,8 @@ class Engine:
             raise ValueError(f"labels {tuple(labels.shape)} must be (n,), n >= 1")
         if labels.dtype != torch.int64 or labels.device.type != "cpu":
             raise ValueError(f"labels are {labels.dtype} on {labels.device}; they must be int64 on the CPU")
-        job = Job(seed, labels, self._sampler.settle(options or {}))
+        settled = self._sampler.settle(options or {})
+        job = Job(seed, labels, settled, self._sampler.steps_of(settled))
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")
@@ -185,7 +188,7 @@ class Engine:
         while (placed := self._admit()) is not None:
             try:
                 if placed:
-                    self._fill(placed)
+                    self._start(self._fill(placed))
                 self._advance()
                 complete = self._retire()
             except Exception as error:  # a broken sampler must not take the engine down
@@ -214,16 +217,15 @@ class Engine:
     def _place(self, job: Job) -> _Run:
         """Give as many of a job's samples as fit a slot."""
         count = min(job.missing, len(self._free))
-        end = self._clock + self._sampler.steps_of(job.options)
-        run = _Run(job, job.admitted, self._free[:count], end)
+        run = _Run(job, job.admitted, self._free[:count], self._clock + job.steps)
         del self._free[:count]
         self._runs.append(run)
         job.admitted += count
         self._waiting -= count
         return run
 
-    def _fill(self, runs: list[_Run]) -> None:
-        """Write the samples of runs to their rows."""
+    def _fill(self, runs: list[_Run]) -> list[int]:
+        """Write down what the samples of runs are, each at its row; returns the rows."""
         rows = [row for run in runs for row in run.rows]
         seeds = [run.job.seed for run in runs for _ in run.rows]
         numbers = [run.first + i for run in runs for i in range(len(run.rows))]
@@ -232,9 +234,10 @@ class Engine:
         self._labels[rows] = torch.cat([run.job.labels[run.first :][: len(run.rows)] for run in runs])
         self._index[rows] = 0
         for run in runs:
-            self._steps[run.rows] = self._sampler.steps_of(run.job.options)
+            self._steps[run.rows] = run.job.steps
             for name, value in run.job.options.items():
                 self._options[name][run.rows] = value
+        return rows
 
     def _drop(self, runs: list[_Run]) -> None:
         """Free the slots of runs."""
@@ -242,20 +245,23 @@ class Engine:
             self._runs.remove(run)
             self._free += run.rows
 
+    def _start(self, rows: list[int]) -> None:
+        """Begin the samples at some rows; at all of them, if there is no state yet."""
+        # A copy, because the state may hold on to what it is given.
+        keys, labels = (held.to(self._device, copy=True) for held in (self._keys, self._labels))
+        options = {name: held.to(self._device, copy=True) for name, held in self._options.items()}
+        started = self._sampler.start(keys, labels, options)
+        if self._state:
+            fresh = torch.tensor(rows, device=self._device)
+            for name, tensor in self._state.items():
+                tensor[fresh] = started[name][fresh]
+        else:
+            self._state = started
+
     def _advance(self) -> None:
         """Take one step with every slot."""
-        fresh = self._index == 0
-        if fresh.any():
-            # A copy, because the state may hold on to what it is given.
-            keys, labels = (held.to(self._device, copy=True) for held in (self._keys, self._labels))
-            options = {name: held.to(self._device, copy=True) for name, held in self._options.items()}
-            started = self._sampler.start(keys, labels, options)
-            if fresh.all():
-                self._state = started
-            else:
-                _replace_rows(self._state, fresh.nonzero().squeeze(1).to(self._device), started)
         self._state = self._sampler.step(self._state, self._index.to(self._device))
-        self._index = (self._index + 1) % self._steps
+        self._index = torch.minimum(self._index + 1, self._steps - 1)
         self._clock += 1
 
     def _retire(self) -> list[tuple[Job, Tensor]]:
@@ -278,18 +284,13 @@ class Engine:
         with self._changed:
             jobs = dict.fromkeys(run.job for run in self._runs)
             self._drop(list(self._runs))
-        # A free row repeats what it held: the key or label that broke the sampler must not stay.
+        # A free row goes on with what it held: the key or label that broke the sampler must not stay.
         for held, blank in ((self._keys, 0), (self._labels, UNLABELLED), (self._index, 0)):
             held.fill_(blank)
         for name, option in self._sampler.options.items():
             self._options[name].fill_(option.default)
         self._steps.fill_(self._sampler.steps)
+        self._state = {}
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)
-
-
-def _replace_rows(state: State, rows: Tensor, started: State) -> None:
-    """Put the rows that are new where they belong, int64 (R,); costs what these rows cost, not the state."""
-    for name, tensor in state.items():
-        tensor[rows] = started[name][rows]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import log, prod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,9 @@ class Losses:
     """Means over the batch worth watching, detached scalars; the same names at every step."""
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimization:
     """How the loop trains a family: AdamW, warm-up and cosine schedule, and an average of the weights."""
@@ -137,13 +140,15 @@ class Optimization:
     """Largest L2 norm of a phase's gradient."""
     ema_decay: float = 0.99
     """Decay of the weight average that is evaluated and served, per step; warmed up over the first steps."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Of matrix products in training, where the device computes them fast; weights stay float32."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision={self.precision!r} must be one of {', '.join(get_args(Precision))}")
         shares = {"warmup": self.warmup, "ema_decay": self.ema_decay}
         for name, value in {**shares, "betas[0]": self.betas[0], "betas[1]": self.betas[1]}.items():
             if not 0 <= value < 1:
@@ -222,12 +227,15 @@ class Sampler(ABC):
             options: a value of every one of `self.options` for each sample, float32 (B,).
 
         Returns:
-            Tensors that own their memory.
+            The tensors that `step` returns, of the same names, types and shapes.
         """
 
     @abstractmethod
     def step(self, state: State, index: Tensor) -> State:
-        """Advance each sample by its step number `index`, int64 (B,), from 0; may overwrite `state`."""
+        """Advance each sample by its step number `index`, int64 (B,), from 0; may overwrite `state`.
+
+        A sample that is finished may be given its last step again; nobody reads what becomes of it.
+        """
 
     @abstractmethod
     def finish(self, state: State) -> Tensor:
@@ -271,7 +279,8 @@ def draw(
     """
     options = sampler.settle(asked or {})
     columns = {name: torch.full(keys.shape, value, device=keys.device) for name, value in options.items()}
-    state = sampler.start(keys, torch.full_like(keys, UNLABELLED) if labels is None else labels, columns)
+    labels = torch.full_like(keys, UNLABELLED) if labels is None else labels.clone()
+    state = sampler.start(keys.clone(), labels, columns)
     for i in range(sampler.steps_of(options)):
         state = sampler.step(state, torch.full_like(keys, i))
     return sampler.finish(state)
@@ -293,7 +302,7 @@ class Family(nn.Module, ABC):
     depths: ClassVar[tuple[str, ...]] = ()
     """Fields of its Config that a larger size multiplies."""
     healthy: ClassVar[Mapping[str, tuple[float, float]]] = {}
-    """Ranges that metrics of `forward` keep to, unless training diverges."""
+    """Ranges that metrics keep to, in every phase, unless training diverges; by their name in `forward`."""
     advice: ClassVar[str] = "lower --optimization.learning-rate or --optimization.clip-norm"
     """What to try when it does."""
 

@@ -32,8 +32,9 @@ class Walk(Sampler):
 
     def step(self, state: State, index: Tensor) -> State:
         self.before_step(index)
-        assert torch.equal(state["steps_taken"], index)
-        return {"key": fold(state["key"], index), "steps_taken": index + 1}
+        going = state["steps_taken"] < self.steps  # others are finished, and nobody's
+        assert torch.equal(state["steps_taken"][going], index[going])
+        return {"key": fold(state["key"], index), "steps_taken": state["steps_taken"] + 1}
 
     def finish(self, state: State) -> Tensor:
         pixels = torch.stack([state["key"] >> shift & 255 for shift in (0, 8, 16, 24)], dim=1)
@@ -211,6 +212,21 @@ def test_options_out_of_range_are_refused(asked: dict[str, float], told: str) ->
         engine.submit(0, labels_of(1), asked)
     with pytest.raises(ValueError, match=told):
         draw(Stride(), torch.arange(1), None, asked)
+
+
+def test_only_new_samples_are_started() -> None:
+    starts: list[int] = []
+
+    class Counted(Stride):
+        def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
+            starts.append(len(keys))
+            return super().start(keys, labels, options)
+
+    with running(Fake(Counted)) as engine:
+        for steps in (9, 1, 3, 1, 9):
+            drawn = engine.submit(0, labels_of(2), {"steps": steps}).future.result(timeout=10)
+            assert drawn.flatten().tolist() == [steps, steps]
+    assert starts == [8] * 5
 
 
 def test_a_large_request_is_cut_up_and_does_not_overtake() -> None:

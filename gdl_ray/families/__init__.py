@@ -42,7 +42,7 @@ def preset(key: str, dataset: str, size: float = 1.0) -> Preset:
     Args:
         key: of the family.
         dataset: one of its presets.
-        size: what to multiply the width and the depth of its network by.
+        size: what to multiply the width and the depth of its network by, above 0.
     """
     kind = FAMILIES[key]
     chosen = kind.presets[dataset]()

@@ -62,7 +62,7 @@ class VAEConfig:
     """Convolutions at each resolution, in encoder and decoder alike."""
     hidden: int = 256
     """Units of the layer between convolutions and latents."""
-    label_drop: float = 0.5
+    label_drop: float = 0.25
     """Share of training examples that are shown without their label."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gdl_ray.data import Dataset, Split, evaluation_batches, training_batch
 from gdl_ray.evaluate.likelihood import Nats, log_likelihood
-from gdl_ray.family import Batch, Family, Likelihood, Losses, Optimization, State, Unnormalized
+from gdl_ray.family import Batch, Family, Likelihood, Optimization, State, Unnormalized
 from gdl_ray.images import png_grid
 from gdl_ray.random import fold
 from gdl_ray.train import checkpoint
@@ -92,7 +92,8 @@ class Report:
     metrics: Mapping[str, float]
     """Equal on all workers, but for what their clocks say."""
     write: Callable[[Path], None] | None
-    """Writes a checkpoint into an empty folder; None if none is due. Any one worker's is that of all."""
+    """Writes a checkpoint into an empty folder, until the reporter returns; None if none is due. Any one
+    worker's is that of all."""
 
 
 class Reporter(Protocol):
@@ -183,24 +184,27 @@ class Training:
             with fast_matrix_products(self.world.device, self.plan.optimization.precision):
                 losses = self._modules[phase](batch, phase)
             losses.loss.backward()
-            self._update(phase, rate)
-            self._record(phase, losses)
+            norm = self._update(phase, rate)
+            # A gradient that is not finite spoils the weights one step before any loss tells.
+            self._record(phase, {"loss": losses.loss.detach(), **losses.metrics, "gradient_norm": norm})
         self.step += 1
         self._update_average()
         self._update_progress()
 
-    def _update(self, phase: str, rate: float) -> None:
+    def _update(self, phase: str, rate: float) -> Tensor:
+        """Take an optimizer step; returns the norm of the gradient."""
         optimizer = self._optimizers[phase]
         for group in optimizer.param_groups:
             group["lr"] = rate
-        nn.utils.clip_grad_norm_(self.family.phase_parameters(phase), self.plan.optimization.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.family.phase_parameters(phase), self.plan.optimization.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return norm.detach()
 
-    def _record(self, phase: str, losses: Losses) -> None:
+    def _record(self, phase: str, metrics: Mapping[str, Tensor]) -> None:
         """Add to the sums without reading them: reading would wait for the device."""
         prefix = "train/" if len(self.family.phases) == 1 else f"train/{phase}/"
-        for name, value in {"loss": losses.loss.detach(), **losses.metrics}.items():
+        for name, value in metrics.items():
             self._sums[prefix + name] = self._sums.get(prefix + name, 0) + value
 
     @torch.no_grad()
@@ -215,7 +219,7 @@ class Training:
         budget = self.plan.budget
         if budget.steps:
             self._progress = self.step / budget.steps
-        elif self.step % _CLOCK_STEPS == 0:
+        elif self.world.size == 1 or self.step % _CLOCK_STEPS == 0:
             self._progress = self.world.from_first(self.clock.seconds) / budget.seconds
         self.ended = self._progress >= 1
 
@@ -240,15 +244,16 @@ class Training:
         return metrics | {"progress": self._progress, "seconds": self.clock.seconds, "examples_per_s": rate}
 
     def _check_health(self, name: str, value: float) -> None:
-        least, most = self.family.healthy.get(name.rpartition("/")[2], (-math.inf, math.inf))
+        healthy = self.family.healthy.get(name.rpartition("/")[2])
+        least, most = healthy or (-math.inf, math.inf)
         if math.isfinite(value) and least <= value <= most:
             return
-        healthy = "" if math.isinf(most) else f" (healthy: {least:g} to {most:g})"
+        usual = f" (healthy: {least:g} to {most:g})" if healthy else ""
         optimization = self.plan.optimization
         raise DivergenceError(
-            f"{name} is {value:.4g}{healthy} within steps {self._first + 1} to {self.step}: "
-            f"training diverged; {self.family.advice} (learning rate now {optimization.learning_rate:g}, "
-            f"clip norm {optimization.clip_norm:g})"
+            f"{name} is {value:.4g}{usual} within steps {self._first + 1} to {self.step}: "
+            f"training diverged; {self.family.advice} "
+            f"(peak learning rate now {optimization.learning_rate:g}, clip norm {optimization.clip_norm:g})"
         )
 
     def _validate(self, dataset: Dataset) -> dict[str, float]:
@@ -290,8 +295,7 @@ class Training:
         self.average.load_state_dict(average)
         self.family.load_state_dict(_below("weights/", tensors))
         self.family.carried = {
-            name: self.world.share(rows).to(self.world.device)
-            for name, rows in _below("carried/", tensors).items()
+            name: self._share(name, rows) for name, rows in _below("carried/", tensors).items()
         }
         for phase, optimizer in self._optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
@@ -304,6 +308,16 @@ class Training:
         self.stale = counters["stale"]
         self.ended, self._progress = counters["ended"], counters["progress"]
         self.clock = Stopwatch(self.clock.now, counters["seconds"])
+
+    def _share(self, name: str, rows: Tensor) -> Tensor:
+        """Take this worker's rows of what was carried by all."""
+        batch_size = self.plan.optimization.batch_size
+        if len(rows) != batch_size:
+            raise ValueError(
+                f"batch_size={batch_size}: the checkpoint carries {name} for {len(rows)} examples; "
+                f"resume with batch_size={len(rows)}"
+            )
+        return self.world.share(rows).to(self.world.device)
 
 
 def learning_rate(optimization: Optimization, progress: float) -> float:

@@ -24,7 +24,7 @@ class World:
     device: torch.device = CPU
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add a tensor up over the workers."""
+        """Add a tensor up over the workers, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -39,7 +39,7 @@ class World:
 
     def share(self, rows: Tensor) -> Tensor:
         """Take this worker's rows of what `gather` made, with any number of workers."""
-        return rows.chunk(self.size)[self.rank]
+        return rows.chunk(self.size)[self.rank].clone()
 
     def from_first(self, value: float) -> float:
         """Agree on the first worker's value."""
@@ -76,7 +76,7 @@ def fast_matrix_products(device: torch.device, precision: str) -> AbstractContex
 
 @lru_cache
 def _has_bfloat16(device: str) -> bool:
-    fast = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported()
+    fast = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported(False)
     if not fast:
         logging.getLogger(__name__).warning("this %s is slow at bfloat16: training in float32", device)
     return bool(fast)

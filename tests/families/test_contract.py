@@ -157,7 +157,8 @@ def test_a_family_file_can_be_read_at_a_sitting(key: str) -> None:
 
 def test_resumed_equals_never_interrupted(key: str, digits: Dataset, tmp_path: Path) -> None:
     chosen = preset(key, "digits")
-    plan = Plan(optimization=chosen.optimization, budget=Budget(steps=100))
+    optimization = dataclasses.replace(chosen.optimization, batch_size=8)
+    plan = Plan(optimization=optimization, budget=Budget(steps=100))
 
     def training(seed: int = 0) -> Training:
         return Training(build(key, chosen.model, digits.spec, seed), plan, World())
@@ -205,8 +206,10 @@ def test_an_unfinished_sample_has_a_preview(key: str) -> None:
     options = {name: torch.full((4,), float(option.default)) for name, option in sampler.options.items()}
     with torch.no_grad():
         state = sampler.start(keys, keys % 3, options)
+        begun = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
         for step in range(max(1, sampler.steps // 2)):
             state = sampler.step(state, torch.full_like(keys, step))
+            assert {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()} == begun
         preview = sampler.finish(state)
     assert preview.shape == (4, *model.spec.shape)
     assert preview.dtype == torch.uint8
@@ -230,6 +233,7 @@ def test_steps_are_as_many_as_asked_for(key: str) -> None:
     if option is None:
         return
     assert (option.default, option.whole) == (model.sampler().steps, True)
+    assert option.least >= 1
     keys = fold(0, torch.arange(4))
     few = model.sample(keys, steps=option.default // 2)
     assert few.shape == (4, *model.spec.shape)

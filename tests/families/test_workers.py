@@ -1,5 +1,6 @@
 """Two workers with different data hold the same parameters, in every family."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def advance_all(root: Path, world: World) -> None:
     digits = load("digits", root / "data")
     for key in FAMILIES:
         chosen = preset(key, "digits")
-        plan = Plan(optimization=chosen.optimization, budget=Budget(steps=100))
+        plan = Plan(optimization=replace(chosen.optimization, batch_size=8), budget=Budget(steps=100))
         training = Training(build(key, chosen.model, digits.spec), plan, world)
         for step in range(3):
             share = {"rank": world.rank, "world": world.size}

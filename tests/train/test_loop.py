@@ -264,6 +264,43 @@ def test_a_metric_out_of_its_healthy_range_stops_training(digits: Dataset, tmp_p
         train(Chain(digits.spec), digits, plan, Record(tmp_path))
 
 
+class Cliff(Family):
+    """Its loss is finite where its gradient is not."""
+
+    density = Density.IMPLICIT
+    presets: ClassVar[dict[str, Any]] = {}
+    Config = dict
+    widths = ()
+
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__({}, spec)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, batch: Batch, phase: str = "main") -> Losses:
+        return Losses(self.weight.abs().sqrt(), {})
+
+    def sampler(self) -> Sampler:
+        raise AssertionError("nothing is saved")
+
+
+def test_a_gradient_that_is_not_finite_stops_training(digits: Dataset) -> None:
+    training = Training(Cliff(digits.spec), PLAN, World())
+    training.advance(training_batch(digits.splits["train"], seed=0, step=0, batch_size=32))
+    with pytest.raises(DivergenceError, match="train/gradient_norm is nan"):
+        training.read_metrics()
+
+
+def test_a_checkpoint_of_another_batch_is_refused(digits: Dataset) -> None:
+    training = Training(Chain(digits.spec), PLAN, World())
+    with pytest.raises(ValueError, match="batch_size=32: the checkpoint carries height for 16 examples"):
+        training._share("height", torch.zeros(16))
+
+
+def test_an_unknown_precision_is_named() -> None:
+    with pytest.raises(ValueError, match="precision='bf16' must be one of float32, bfloat16"):
+        replace(PLAN.optimization, precision="bf16")  # type: ignore[arg-type]
+
+
 def train_duel(root: Path, world: World) -> None:
     digits = load("digits", root / "data")
     torch.manual_seed(0)
