@@ -185,8 +185,8 @@ class Flow(Family, Likelihood, Latent):
         """Find the levels whose bins hold z_0, (B, D): uint8 (B, C, H, W)."""
         return self.marginal.inverse(z)[0].view(-1, *self.spec.shape).to(torch.uint8)
 
-    def _block(self, number: int) -> "_Block":
-        return cast(_Block, self.blocks[number])
+    def _block(self, number: int) -> "_Bijection":
+        return cast(_Bijection, self.blocks[number])
 
 
 class _BlockSampler(Sampler):
@@ -215,7 +215,7 @@ class _BlockSampler(Sampler):
         return self.model._to_levels(state["z"])
 
 
-class _Block(nn.Module, ABC):
+class _Bijection(nn.Module, ABC):
     """An invertible map of vectors to vectors, given a class."""
 
     @abstractmethod
@@ -227,7 +227,7 @@ class _Block(nn.Module, ABC):
         """Map z, (B, D), to x, (B, D); guidance, (B,), weighs the label of each. Without gradient."""
 
 
-class _Autoregressive(_Block):
+class _Autoregressive(_Bijection):
     """Equation (2), with C for what the pixels of a patch say about one another.
 
     Tokens are patches: neighbouring pixels in two blocks, then in two blocks pixels that lie far apart, as
@@ -297,7 +297,7 @@ class _Autoregressive(_Block):
         return tokens.flatten(1)[:, self.places]
 
 
-class _Coupling(_Block):
+class _Coupling(_Bijection):
     """Equation (3): half of the dimensions stay, and say how the others are scaled and shifted."""
 
     free: Tensor
