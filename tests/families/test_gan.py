@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gdl_ray.families import build
-from gdl_ray.families.gan import GAN, GANConfig, _Block, _squared_gradients
+from gdl_ray.families.gan import GAN, GANConfig, _Residual, _squared_gradients
 from gdl_ray.family import UNLABELLED, Batch, DataSpec, Losses, Optimization
 from gdl_ray.nn import logistic
 from gdl_ray.nn.embedding import ClassEmbedding
@@ -126,7 +126,7 @@ def test_gradients_are_those_of_the_phase(phase: str) -> None:
         move(-distance)
         return value
 
-    step = 2e-3 / steepness
+    step = 5e-4 / steepness
     assert (after(step) - after(-step)) / (2 * step) == pytest.approx(steepness, rel=0.05)
 
 
@@ -214,14 +214,14 @@ def test_the_generator_fills_the_range_from_the_middle_of_one_outer_level_to_tha
             parameter.mul_(8)
     x = model.generator(normal(fold(0, torch.arange(64)), (SMALL.latent,)), torch.arange(64) % 10)
     lowest, highest = logistic.centers(torch.tensor([0, 16]), GREY.levels)
-    assert lowest <= x.min() < lowest + 1e-3
-    assert highest - 1e-3 < x.max() <= highest
+    assert lowest - 1e-6 < x.min() < lowest + 1e-3
+    assert highest - 1e-3 < x.max() < highest + 1e-6
 
 
 def test_residual_branches_start_at_zero() -> None:
     model, unmoved = gan(), []
     for module in model.modules():
-        if isinstance(module, _Block):
+        if isinstance(module, _Residual):
             module.register_forward_hook(lambda _, given, made: unmoved.append(torch.equal(given[0], made)))
     model(batch_of(), "critic")
     assert unmoved == [True] * 6
@@ -233,7 +233,7 @@ def test_a_step_moves_the_scores_as_much_at_any_depth() -> None:
     def steepness(blocks: int) -> float:
         critic = gan(GANConfig(patch=8, width=64, halvings=0, blocks=blocks)).critic
         scores = critic(normal(fold(0, torch.arange(8)), GREY.shape), torch.arange(8))
-        blocks_of = [module for module in critic.modules() if isinstance(module, _Block)]
+        blocks_of = [module for module in critic.modules() if isinstance(module, _Residual)]
         weights = [p for block in blocks_of for p in block.parameters() if p.dim() > 1]
         return sum(g.square().sum().item() for g in torch.autograd.grad(scores.sum(), weights))
 
