@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gdl_ray.families import build
-from gdl_ray.families.hierarchical import Hierarchical, HierarchicalConfig
+from gdl_ray.families.hierarchical import Hierarchical, HierarchicalConfig, _TokenSampler
 from gdl_ray.family import UNLABELLED, Batch, DataSpec
 from gdl_ray.nn import logistic
 from gdl_ray.random import fold, uniform
@@ -140,7 +140,7 @@ def test_codes_are_rounded_and_gradients_go_straight_through() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
-def test_encode_rounds_without_noise_and_decode_reads_every_grid() -> None:
+def test_encode_rounds_without_noise_and_decode_reads_every_grid_and_the_label() -> None:
     model = model_of(SMALL)
     batch = batch_of(SMALL, 4)
     heads = [record(head, inputs=False) for head in model.posterior]
@@ -157,6 +157,8 @@ def test_encode_rounds_without_noise_and_decode_reads_every_grid() -> None:
         assert ((model._pixels(changed, batch.y)[0] - before).abs().flatten(1).amax(1) > 1e-3).all()
         first = end
     assert first == z.shape[1]
+    others = model._pixels(z, (batch.y + 1) % SMALL.classes)[0]
+    assert ((others - before).abs().flatten(1).amax(1) > 1e-3).all()
 
 
 def test_the_prior_gives_the_encoder_no_gradient() -> None:
@@ -239,7 +241,7 @@ def test_pixels_are_drawn_given_the_codes() -> None:
 
 def test_samples_ignore_their_neighbours_steps_and_guidance() -> None:
     model, count = model_of(SMALL, seed=1), 8
-    sampler, keys = model.sampler(), fold(4, torch.arange(8))
+    sampler, keys = _TokenSampler(model), fold(4, torch.arange(8))
     labels = torch.arange(count) % 3
     plain = {"guidance": torch.ones(count), "temperature": torch.ones(count)}
     mixed = {**plain, "guidance": torch.tensor([1.0, 3.0] * 4)}
@@ -254,8 +256,20 @@ def test_samples_ignore_their_neighbours_steps_and_guidance() -> None:
             staggered = sampler.step(staggered, index)
             ended = index == sampler.steps - 1
             found[ended] = staggered["tokens"][ended]
+        # Not a bit of it, though the guidance of others at weight 1 would only change the last.
+        one, other = (sampler.start(keys, labels, columns) for columns in (plain, mixed))
+        first = torch.zeros(count, dtype=torch.int64)
+        assert torch.equal(sampler._logits(one, first)[::2], sampler._logits(other, first)[::2])
     assert torch.equal(found[::2], aligned["tokens"][::2])
     assert not torch.equal(found[1::2], aligned["tokens"][1::2])
+
+
+def test_it_starts_at_the_marginal_mean() -> None:
+    counts = torch.tensor([[1, 2, 1], [4, 0, 0], [1, 1, 2]])
+    spec = DataSpec(name="counted", kind="image", shape=(1, 1, 3), levels=3, classes=0, counts=counts)
+    model = build("hierarchical", HierarchicalConfig(), spec)
+    mean = model.get_parameter("marginal").detach()[0, 0]
+    torch.testing.assert_close(mean, torch.tensor([0, -2 / 3, 1 / 6]))
 
 
 @pytest.mark.parametrize("field", ["halvings", "digits", "width", "prior_width", "prior_depth"])
