@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gdl_ray.families.autoregressive import Autoregressive
+from gdl_ray.families.diffusion import Diffusion
 from gdl_ray.families.energy import Energy
 from gdl_ray.families.flow import Flow
 from gdl_ray.families.gan import GAN
@@ -19,6 +20,7 @@ FAMILIES: Mapping[str, type[Family]] = {
     "flow": Flow,
     "vae": VAE,
     "energy": Energy,
+    "diffusion": Diffusion,
     "hierarchical": Hierarchical,
     "gan": GAN,
 }
