@@ -153,7 +153,7 @@ class Hierarchical(Family, Likelihood, Latent):
         self.top = ClassEmbedding(spec.classes, channels[0])
         self.to_pixels = nn.Conv2d(channels[-1], 2 * spec.shape[0], 3, padding=1)
         # What a pixel is before a code says otherwise.
-        self.marginal = nn.Parameter(_marginal(spec))
+        self.marginal = nn.Parameter(logistic.marginal(spec.counts, spec.shape, spec.levels))
         self.prior = _Prior(config, spec.classes, sum(height * width for height, width in self.grids))
 
     def forward(self, batch: Batch, phase: str = "main") -> Losses:
@@ -387,12 +387,3 @@ def _resolutions(spec: DataSpec) -> list[tuple[int, int]]:
     _, height, width = spec.shape
     count = (max(height, width) - 1).bit_length() + 1
     return [(-(-height // 2**i), -(-width // 2**i)) for i in range(count)]
-
-
-def _marginal(spec: DataSpec) -> Tensor:
-    """Mean of each pixel over the training split, and a scale of a tenth of the range: (2 C, H, W)."""
-    mean = torch.zeros(spec.shape)
-    if spec.counts is not None:
-        share = spec.counts / spec.counts.sum(1, keepdim=True)
-        mean = (share @ logistic.centers(torch.arange(spec.levels), spec.levels)).view(spec.shape)
-    return torch.cat([mean, torch.full(spec.shape, math.log(0.1))])

@@ -111,7 +111,7 @@ class VAE(Family, Likelihood, Latent):
         self.from_latent = nn.Linear(config.latent, config.hidden)
         self.decoder = _decoder(config, spec)
         # Mean and log-scale of each pixel before an image says otherwise.
-        self.marginal = nn.Parameter(_marginal(spec))
+        self.marginal = nn.Parameter(logistic.marginal(spec.counts, spec.shape, spec.levels))
 
     def forward(self, batch: Batch, phase: str = "main") -> Losses:
         y = batch.sometimes_unlabelled(self.config.label_drop).y
@@ -235,12 +235,3 @@ def _decoder(config: VAEConfig, spec: DataSpec) -> nn.Sequential:
 
 def _convolutions(channels: int, count: int) -> list[nn.Module]:
     return [layer for _ in range(count) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU())]
-
-
-def _marginal(spec: DataSpec) -> Tensor:
-    """Mean of each pixel over the training split, and a scale of a tenth of the range: (2 C, H, W)."""
-    mean = torch.zeros(spec.shape)
-    if spec.counts is not None:
-        share = spec.counts / spec.counts.sum(1, keepdim=True)
-        mean = (share @ logistic.centers(torch.arange(spec.levels), spec.levels)).view(spec.shape)
-    return torch.cat([mean, torch.full(spec.shape, math.log(0.1))])

@@ -7,6 +7,8 @@ References:
     Salimans, Karpathy, Chen, Kingma. PixelCNN++. 2017. https://arxiv.org/abs/1701.05517 (section 2.1)
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,3 +47,21 @@ def quantize(y: Tensor, levels: int) -> Tensor:
 def centers(x: Tensor, levels: int) -> Tensor:
     """Map levels to the centres of their bins in (-1, 1): float32."""
     return (x.float() + 0.5) * (2 / levels) - 1
+
+
+def marginal(counts: Tensor | None, shape: tuple[int, ...], levels: int) -> Tensor:
+    """Start a decoder at the mean of the data, with a scale of a tenth of half their range.
+
+    Args:
+        counts: how often each level occurs at each dimension, (dims, levels); None puts the means at 0.
+        shape: of an image, (C, H, W).
+        levels: number of levels.
+
+    Returns:
+        Mean and log-scale of each value, (2 C, H, W).
+    """
+    mean = torch.zeros(shape)
+    if counts is not None:
+        share = counts / counts.sum(1, keepdim=True)
+        mean = (share @ centers(torch.arange(levels), levels)).view(shape)
+    return torch.cat([mean, torch.full(shape, math.log(0.1))])
