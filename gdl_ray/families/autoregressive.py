@@ -81,7 +81,7 @@ class AutoregressiveConfig:
     """Logistics in the mixture of a pixel."""
     dropout: float = 0.2
     """Share of what each block adds that is dropped in training."""
-    label_drop: float = 0.5
+    label_drop: float = 0.2
     """Share of training examples that are shown without their label."""
 
     def __post_init__(self) -> None:
