@@ -8,15 +8,13 @@ The energy is |z|^2 / 2 - f(z). With f = 0 the pixels are independent and Z = 1:
 dependence there is, and annealed importance sampling from N(0, I) finds log Z. Chains that persist from step
 to step stand for p in (2); they make Langevin moves with a Metropolis test. The logits also classify:
 p(y | z) = softmax(l). Not here: chains that are restarted, clipped or cooled, which train a sampler but leave
-the density wrong; normalized weights; training without samples.
+the density wrong; spectral norms; training without samples.
 
 References:
     Tieleman. Training Restricted Boltzmann Machines Using Approximations to the Likelihood Gradient. 2008.
         https://doi.org/10.1145/1390156.1390290
     Grathwohl et al. Your Classifier is Secretly an Energy Based Model and You Should Treat It Like One. 2019.
         https://arxiv.org/abs/1912.03263
-    Nijkamp et al. On the Anatomy of MCMC-Based Maximum Likelihood Learning of Energy-Based Models. 2019.
-        https://arxiv.org/abs/1903.12370
     Cotter, Roberts, Stuart, White. MCMC Methods for Functions: Modifying Old Algorithms to Make Them Faster.
         2012. https://arxiv.org/abs/1202.0709
     Neal. Annealed Importance Sampling. 1998. https://arxiv.org/abs/physics/9803008
@@ -114,15 +112,17 @@ def digits() -> Preset:
 
 def mnist() -> Preset:
     """28x28 images: minutes on a GPU."""
-    model = EnergyConfig(halvings=2, channels=32, chains=2, move_size=0.05, temperatures=500)
-    optimization = Optimization(betas=(0.9, 0.99), ema_decay=0.999, precision="bfloat16")
+    model = EnergyConfig(width=512, chains=2, move_size=0.4, temperatures=500)
+    optimization = replace(
+        digits().optimization, batch_size=128, learning_rate=6e-4, weight_decay=0.01, ema_decay=0.999
+    )
     return Preset(model=model, optimization=optimization, steps=20_000)
 
 
 def cifar10() -> Preset:
-    """32x32 colour images: hours on a GPU."""
-    model = EnergyConfig(width=512, halvings=3, channels=64, chains=2, move_size=0.02, temperatures=1000)
-    return replace(mnist(), model=model, steps=100_000)
+    """32x32 colour images: hours on a GPU. Stable on smaller images, untried on these."""
+    model = EnergyConfig(width=512, halvings=3, channels=64, chains=2, move_size=0.1, temperatures=1000)
+    return Preset(model=model, optimization=replace(mnist().optimization, learning_rate=5e-5), steps=100_000)
 
 
 Tilt = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -162,7 +162,7 @@ def langevin(
         number: of the move, which has its own noise: an int, or int64 (R,).
         beta: a number, or (R, 1).
         size: largest time at beta = 1.
-        free: 1 where z may move and 0 where it may not, (R, D); `tilt` has a gradient of 0 there.
+        free: 1 where z may move and 0 where it may not, (R, D).
         untested: which chains skip the Metropolis test, bool (R, 1): their law is a little off.
 
     Returns:
@@ -171,10 +171,10 @@ def langevin(
     u = uniform(key, (2,), _MOVES + 1 + 2 * number)
     keep = torch.exp(-size * torch.as_tensor(beta).rsqrt() * _SPREAD ** -u[:, :1])
     noise = normal(key, (at.z.shape[1],), _MOVES + 2 * number)
-    forth = beta * at.slope
+    forth = beta * free * at.slope
     z = at.z + free * ((1 - keep) * (forth - at.z) + (1 - keep.square()).sqrt() * noise)
     there = Point(z, *tilt(z))
-    back = beta * there.slope
+    back = beta * free * there.slope
     # What the base's own proposal, which is reversible, contributes has cancelled.
     log_forth = (forth * (z - keep * at.z - (1 - keep) / 2 * forth)).sum(1, keepdim=True)
     log_back = (back * (at.z - keep * z - (1 - keep) / 2 * back)).sum(1, keepdim=True)
@@ -186,15 +186,8 @@ def langevin(
 def anneal(tilt: Tilt, z: Tensor, key: Tensor, betas: Sequence[float], size: float) -> tuple[Point, Tensor]:
     """Carry chains from the law of the first beta to that of the last by importance sampling.
 
-    Args:
-        tilt: f and its gradient.
-        z: draws from the first law, (R, D); that of beta is N(z; 0, I) exp(beta f(z)) / Z.
-        key: noise keys of the chains, int64 (R,).
-        betas: rising from 0 to 1, or falling from 1 to 0.
-        size: largest time of a move at beta = 1.
-
-    Returns:
-        Where the chains end, and their log-weights, (R,).
+    That of beta is N(z; 0, I) exp(beta f(z)) / Z. Betas rise from 0 to 1, or fall from 1 to 0; z, (R, D), are
+    draws from the first law; key and size are those of `langevin`. Returns the ends and log-weights, (R,).
     """
     at = Point(z, *tilt(z))
     log_weight = torch.zeros_like(at.tilt)
@@ -246,8 +239,8 @@ class Energy(Family, Unnormalized, Completion):
         decay = f.square().mean() + f_chains.square().mean()
         # The base trains the marginals; its value would hide the others'.
         base = log_base.mean()
-        loss = base.detach() - base - gap
-        loss = loss + self.config.class_weight * entropy + self.config.energy_decay * decay
+        loss = base.detach() - base - gap + self.config.energy_decay * decay
+        loss = loss + self.config.class_weight * entropy
         metrics = {
             "energy_data_nats": -f.mean(),
             "energy_chains_nats": -f_chains.mean(),
@@ -266,9 +259,9 @@ class Energy(Family, Unnormalized, Completion):
         z = normal(key, (self.spec.dims,), _START)
         at, log_weight = anneal(self.tilt, z, key, self._betas(temperatures), self.config.move_size)
         log_z, effective = log_mean(log_weight)
-        log_share = log_weight.log_softmax(0)[:, None]
         self.log_z.copy_(log_z)
         self.effective_chains.copy_(effective)
+        log_share = log_weight.log_softmax(0)[:, None]
         self.log_class.copy_((log_share + self.logits(at.z).log_softmax(1)).logsumexp(0))
 
     @torch.no_grad()
@@ -322,11 +315,10 @@ class Energy(Family, Unnormalized, Completion):
     @torch.no_grad()
     def _advance_chains(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """Move each example's chains on; returns their positions, (B * chains, D), and the acceptance."""
-        count, dims = self.config.chains, self.spec.dims
-        places = len(key)
+        places, count, dims = len(key), self.config.chains, self.spec.dims
         key = fold(key[:, None], torch.arange(count, device=key.device)).flatten()
         z = self.carried.get("chains")
-        z = z.flatten(0, 1) if z is not None and len(z) == places else normal(key, (dims,), _START)
+        z = normal(key, (dims,), _START) if z is None or len(z) != places else z.flatten(0, 1)
         at, acceptance = Point(z, *self.tilt(z)), torch.zeros((), device=key.device)
         for number in range(self.config.moves):
             at, made = langevin(self.tilt, at, key, number, 1.0, self.config.move_size)
@@ -365,26 +357,27 @@ class _AnnealedSampler(Sampler):
         classes = F.one_hot(labels.clamp(min=0), max(1, self.model.spec.classes))
         weight = options["guidance"] * (labels != UNLABELLED)
         state = {"key": keys, "free": free, "pull": weight[:, None] * classes}
-        tilt, slope = self._tilt(state, z)
+        tilt, slope = self.model.tilt(z, state["pull"])
         options = {name: options[name][:, None] for name in ("metropolis", "steps")}
         return {**state, **options, "z": z, "tilt": tilt, "slope": slope}
 
     def step(self, state: State, index: Tensor) -> State:
         beta = ((index[:, None] + 1) / ((1 - _RESTING) * state["steps"])).clamp(max=1)
-        at, size = Point(*(state[name] for name in Point._fields)), self.model.config.move_size
-        untested = state["metropolis"] == 0
         at, _ = langevin(
-            partial(self._tilt, state), at, state["key"], index, beta, size, state["free"], untested
+            partial(self.model.tilt, pull=state["pull"]),
+            Point(*(state[name] for name in Point._fields)),
+            state["key"],
+            index,
+            beta,
+            self.model.config.move_size,
+            free=state["free"],
+            untested=state["metropolis"] == 0,
         )
         return {**state, **at._asdict()}
 
     def finish(self, state: State) -> Tensor:
         x = self.model.marginal.inverse(state["z"])[0].view(-1, *self.model.spec.shape).to(torch.uint8)
         return x if self.x is None or self.known is None else torch.where(self.known, self.x, x)
-
-    def _tilt(self, state: State, z: Tensor) -> tuple[Tensor, Tensor]:
-        tilt, slope = self.model.tilt(z, state["pull"])
-        return tilt, slope * state["free"]
 
 
 def _network(config: EnergyConfig, spec: DataSpec) -> nn.Sequential:

@@ -46,7 +46,7 @@ def test_budgets_are_steps_examples_or_time(arguments: list[str], budget: Budget
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["vea"], "unknown family 'vea': choose from vae"),
+        (["vea"], "unknown family 'vea': choose from autoregressive, flow, vae"),
         (["vae", "--data", "digit"], "unknown dataset --data digit: choose from digits, mnist, cifar10"),
         (["vae", "--size", "0"], "--size 0: write a factor above 0, at most 16, such as 0.5 or 2"),
         (["vae", "--size", "big"], "--size big: write a factor"),
@@ -104,7 +104,7 @@ def test_the_parser_ends_with_the_same_exit_code(arguments: list[str]) -> None:
 
 @pytest.mark.slow
 def test_help_shows_every_option_with_its_default() -> None:
-    command = [sys.executable, "-m", "jobs.train", "--help"]
+    command = [sys.executable, "-m", "jobs.train", "vae", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     for text in ("--data STR", "--workers INT", "--budget STR", "--model.latent INT", "(default: 1000)"):
         assert text in shown
