@@ -8,8 +8,8 @@
 The network says what each value may be, and the value's own noise has its say: where there is little, x^ is
 the nearest level, whatever the network says. So training at the noise that shapes samples gives a tight bound
 too. The network is a small U-Net that starts near the marginals of the data; its residual branches start
-small and need no norms. Coordinates are EDM's; VDM's are z / sqrt(1 + s^2), with the same bound. Not here:
-learned schedules, distillation, and training on log p(x_i | z, y), which overfits small data.
+small and need no norms. Coordinates are EDM's; VDM's are z / sqrt(1 + s^2). Not here: learned schedules,
+distillation, and training on log p(x_i | z, y), which overfits small data.
 
 References:
     Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. https://arxiv.org/abs/2006.11239 (DDPM)
@@ -61,7 +61,6 @@ _RECONSTRUCTION, _DIFFUSION = 1, 2
 _START, _STEPS = 0, 1
 
 _DATA_SCALE = 0.5  # EDM's sd: the spread of data on [-1, 1] that weights and inputs are scaled for
-_HEADS = 4
 _ODE_STEPS = 100  # between data and latents
 _REPEATS = 4  # of each step of a completion: what is drawn and what is known grow together
 
@@ -106,7 +105,7 @@ def digits() -> Preset:
 
 def mnist() -> Preset:
     """28x28 images: minutes on a GPU."""
-    model = DiffusionConfig(width=32, halvings=2, noise_mean=-1.5, noise_spread=1.8)
+    model = DiffusionConfig(halvings=2, dropout=0.0, noise_mean=-1.5, noise_spread=1.8)
     optimization = Optimization(learning_rate=2e-3, ema_decay=0.999, precision="bfloat16")
     return Preset(model=model, optimization=optimization, steps=20_000)
 
@@ -207,9 +206,9 @@ class Diffusion(Family, Likelihood, Latent, Completion):
     def _reconstruction_nats(self, batch: Batch) -> Tensor:
         """Draw -log p(x | z_0), (B,), where p(x | z_0) is proportional to q(z_0 | x) as in VDM."""
         x = logistic.centers(batch.x, self.spec.levels)
-        s = math.exp(self.gamma_0 / 2)
+        s = x.new_full((1, 1, 1, 1), math.exp(self.gamma_0 / 2))
         z = x + s * normal(batch.key, self.spec.shape, _RECONSTRUCTION)
-        log_p = (-0.5 * ((_centers(self.marginal) - z[..., None]) / s).square()).log_softmax(-1)
+        log_p = _weigh(x.new_zeros(self.spec.levels), z, s).log_softmax(-1)
         return -log_p.gather(-1, batch.x.long()[..., None]).flatten(1).sum(1)
 
     def _metrics(self, gamma: Tensor, nats: Tensor, prior: Tensor) -> dict[str, Tensor]:
@@ -223,12 +222,12 @@ class Diffusion(Family, Likelihood, Latent, Completion):
     def _denoise(self, z: Tensor, gamma: Tensor, y: Tensor, key: Tensor | None = None) -> Tensor:
         """Find x^, the mean of p(x | z, y); a key drops hidden values."""
         s = _scale(gamma)
-        # As input, scaled data (EDM, Table 1) and what each value says for itself.
-        alone = _posterior_mean(self.marginal, z, s)
-        features = torch.cat([z / (s.square() + _DATA_SCALE**2).sqrt(), alone], 1)
+        # What each value says for itself. The network sees it, beside scaled data (EDM, Table 1), and adds.
+        alone = _weigh(self.marginal, z, s)
+        features = torch.cat([z / (s.square() + _DATA_SCALE**2).sqrt(), _mean(alone.detach())], 1)
         h = self.unet(features, gamma, y, key).permute(0, 2, 3, 1)
         logits = self.to_logits(h).float().unflatten(-1, (z.shape[1], -1)).permute(0, 3, 1, 2, 4)
-        return _posterior_mean(logits + self.marginal, z, s)
+        return _mean(logits + alone)
 
     def _follow(self, z: Tensor, y: Tensor, start: float, end: float) -> Tensor:
         """Take DDIM's steps from one noise level to another."""
@@ -248,8 +247,7 @@ class _Denoiser(Sampler):
     }
 
     def __init__(self, model: Diffusion, kept: State | None = None):
-        self.model = model
-        self.kept = kept or {}
+        self.model, self.kept = model, kept or {}
 
     def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
         z = normal(keys, self.model.spec.shape, _START) * self.model.start_scale
@@ -303,17 +301,21 @@ def _scale(gamma: Tensor) -> Tensor:
     return torch.exp(gamma / 2).view(-1, 1, 1, 1)
 
 
-def _posterior_mean(logits: Tensor, z: Tensor, s: Tensor) -> Tensor:
-    """Mean of softmax(logits) N(z; level, s^2), the shape of z; logits have the levels last."""
-    with torch.autocast(z.device.type, enabled=False):
-        levels = _centers(logits)
-        distance = (levels - z[..., None]) / s[..., None]
-        return torch.addcmul(logits, distance, distance, value=-0.5).softmax(-1) @ levels
-
-
-def _centers(logits: Tensor) -> Tensor:
+def _levels(logits: Tensor) -> Tensor:
     """What the levels stand for, (levels,)."""
     return logistic.centers(torch.arange(logits.shape[-1], device=logits.device), logits.shape[-1])
+
+
+def _weigh(logits: Tensor, z: Tensor, s: Tensor) -> Tensor:
+    """Add log N(z; level, s^2), but for a constant, to the logits of levels: (B, C, H, W, levels)."""
+    distance = _levels(logits) / s[..., None] - (z / s)[..., None]
+    return torch.addcmul(logits, distance, distance, value=-0.5)
+
+
+def _mean(logits: Tensor) -> Tensor:
+    """Mean of what levels stand for, weighed by softmax."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return logits.softmax(-1) @ _levels(logits)
 
 
 def _ddim(z: Tensor, x: Tensor, gamma: Tensor, following: Tensor) -> Tensor:
@@ -351,7 +353,7 @@ class _Level(nn.Module):
         self.after = nn.ModuleList(_Residual(width, config) for _ in range(config.blocks))
         self.lowest = halvings == 0
         if self.lowest:
-            self.attention = nn.MultiheadAttention(width, _HEADS, batch_first=True)
+            self.attention = nn.MultiheadAttention(width, num_heads=4, batch_first=True)
         else:
             self.shrink = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
             self.lower = _Level(2 * width, halvings - 1, config)
@@ -376,11 +378,9 @@ class _Level(nn.Module):
 class _Residual(nn.Module):
     """Two convolutions, scaled and shifted by the condition between them, added to their input."""
 
-    stream: int  # of the dropout's noise
-
     def __init__(self, width: int, config: DiffusionConfig):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.stream = config.dropout, 0  # the network gives each block a stream of its own
         self.first = nn.Conv2d(width, width, 3, padding=1)
         self.modulate = nn.Linear(4 * config.width, 2 * width)
         self.second = _small(nn.Conv2d(width, width, 3, padding=1))
@@ -394,7 +394,6 @@ class _Residual(nn.Module):
 
 def _small(layer: nn.Module) -> nn.Module:
     """Begin near zero; not at it, where labels would have no effect."""
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.mul_(0.1)
+    for parameter in layer.parameters():
+        parameter.data.mul_(0.1)
     return layer
