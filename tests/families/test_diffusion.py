@@ -1,7 +1,6 @@
 """Diffusion against data whose denoiser is known in closed form: its bound, its paths and its draws."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -79,7 +78,7 @@ def normal_density(z: Tensor) -> Tensor:
 
 def prior_gap(log_p: Tensor, gamma: float) -> Tensor:
     """What the bound of each level loses at gamma_1: E_q(z|x) log q(z) / p(z), by quadrature, (3,)."""
-    z, scale = torch.linspace(-60, 60, 40001)[:, None], math.exp(gamma / 2)
+    z, scale = torch.linspace(-35, 35, 20001)[:, None], math.exp(gamma / 2)
     q = normal_density((z - logistic.centers(torch.arange(3), 3)) / scale) / scale
     prior = normal_density(z / math.hypot(1, scale)) / math.hypot(1, scale)
     return torch.trapezoid(q * (q @ log_p.exp()[:, None] / prior).log(), z, dim=0)
@@ -130,7 +129,7 @@ def test_training_weighs_errors_as_edm_does_and_draws_its_noise() -> None:
     model._denoise = record  # type: ignore[method-assign]
     batch = batch_of((uniform(fold(0, torch.arange(5000)), FINE.shape) * 256).to(torch.uint8))
     loss = model(batch).loss
-    (z, gamma) = seen[0]
+    z, gamma = seen[0]
     s = torch.exp(gamma / 2)
     weight = (s**2 + 0.5**2) / (s * 0.5) ** 2
     error = (0.5 * z.clamp(-1, 1) - logistic.centers(batch.x, 256)).square().flatten(1).sum(1)
@@ -153,10 +152,9 @@ def test_the_bits_of_training_are_those_of_the_bound() -> None:
 
 def test_noise_falls_evenly_from_first_to_last_step() -> None:
     model = diffusion(TINY)
-    sampler = _Denoiser(model)
     for steps in (2, 3, 25):
-        state = {"steps": torch.full((1,), float(steps))}
-        levels = torch.cat([sampler._gamma(state, torch.tensor([i])) for i in range(steps + 1)])
+        state = {"steps": torch.full((steps + 1,), float(steps))}
+        levels = _Denoiser(model)._gamma(state, torch.arange(steps + 1))
         torch.testing.assert_close(levels[:-1], torch.linspace(model.gamma_1, model.gamma_0, steps))
         assert levels[-1] == levels[-2]
 
@@ -165,10 +163,9 @@ def test_samples_of_normal_data_have_its_moments() -> None:
     model = diffusion(FINE)
     gaussian(model, 0.04)
     keys = fold(0, torch.arange(4000))
-    coarse, fine = (logistic.centers(model.sample(keys, steps=n), 256).flatten() for n in (5, 200))
-    assert fine.mean().item() == pytest.approx(0, abs=0.01)
-    assert fine.std().item() == pytest.approx(0.2, abs=0.01)
-    assert abs(coarse.std() - 0.2) > abs(fine.std() - 0.2)
+    x = logistic.centers(model.sample(keys, steps=200), 256)
+    assert x.mean().item() == pytest.approx(0, abs=0.01)
+    assert x.std().item() == pytest.approx(0.2, abs=0.005)
 
 
 def test_latents_of_normal_data_are_its_scaled_self_and_come_back() -> None:
@@ -187,9 +184,8 @@ def test_latents_of_normal_data_are_its_scaled_self_and_come_back() -> None:
 def test_decode_of_encode_is_the_data() -> None:
     model, _ = independent()
     x = torch.cartesian_prod(torch.arange(3), torch.arange(3)).to(torch.uint8).view(9, 1, 1, 2)
-    y = torch.full((9,), UNLABELLED)
-    z = model.encode(x, y)
-    assert torch.equal(model.decode(z, y), x)
+    z = model.encode(x, batch_of(x).y)
+    assert torch.equal(model.decode(z, batch_of(x).y), x)
     assert (torch.cdist(z, z) + torch.eye(9)).min() > 0.01
 
 
@@ -222,9 +218,8 @@ def test_each_row_has_its_own_steps_and_guidance() -> None:
 
 def test_guidance_of_0_leaves_labels_out_and_of_1_is_the_conditional() -> None:
     model = louder(diffusion(LABELLED))
-    keys, labels = fold(0, torch.arange(64)), torch.arange(64) % 3
-    sampler, gamma = _Denoiser(model), torch.zeros(64)
-    state = sampler.start(keys, labels, {"steps": torch.ones(64), "guidance": torch.ones(64)})
+    labels, sampler, gamma = torch.arange(64) % 3, _Denoiser(model), torch.zeros(64)
+    state = sampler.start(labels, labels, {"steps": torch.ones(64)})
     with torch.no_grad():
         weights = {weight: {"guidance": torch.full((64,), weight)} for weight in (0.0, 0.9, 1.0, 1.1)}
         x = {weight: sampler._predict(state | asked, gamma) for weight, asked in weights.items()}
@@ -252,8 +247,7 @@ def test_a_completion_keeps_what_is_known_and_draws_what_fits() -> None:
     assert torch.equal(drawn[known], x[known])
     assert torch.equal(model.complete(x + ~known, known, keys, steps=100), drawn)  # the unknown is not read
     other = logistic.centers(drawn[~known], 256)
-    given = logistic.centers(torch.tensor(170), 256).item()
-    assert other.mean().item() == pytest.approx(rho * given, abs=0.03)
+    assert other.mean().item() == pytest.approx(rho * (2 * 170.5 / 256 - 1), abs=0.03)
     assert other.std().item() == pytest.approx(0.2 * math.sqrt(1 - rho**2), abs=0.01)
     free = logistic.centers(model.complete(x, torch.zeros_like(known), keys, steps=100), 256).flatten(1)
     assert free.std(0).mean().item() == pytest.approx(0.2, abs=0.01)
@@ -264,10 +258,9 @@ def test_a_completion_keeps_what_is_known_and_draws_what_fits() -> None:
 
 
 def test_it_starts_at_the_marginals_and_learns_more(digits: Dataset) -> None:
-    model = build("diffusion", DiffusionConfig(width=16), digits.spec)
-    assert isinstance(model, Diffusion)
+    model = diffusion(digits.spec, DiffusionConfig(width=16))
     batch = next(iter(evaluation_batches(digits.splits["validation"], batch_size=144))).unlabelled()
-    before = digits.spec.bits_per_dim(-model.eval().log_likelihood(batch, 32).mean().item())
+    before = digits.spec.bits_per_dim(-model.log_likelihood(batch, 32).mean().item())
     log_share = model.marginal.detach().log_softmax(-1).expand(144, -1, -1, -1, -1)
     nats = -log_share.gather(-1, batch.x.long()[..., None]).sum().item() / 144
     assert before == pytest.approx(digits.spec.bits_per_dim(nats), abs=0.1)
@@ -284,11 +277,11 @@ def test_it_starts_at_the_marginals_and_learns_more(digits: Dataset) -> None:
     assert after < before - 0.2
 
 
-@pytest.mark.parametrize("shape", [(1, 13, 9), (2, 1, 5)])
-def test_any_size_can_be_halved_and_comes_back(shape: tuple[int, int, int]) -> None:
-    spec = DataSpec(name="odd", kind="image", shape=shape, levels=4, classes=0)
-    model = diffusion(spec, replace(SMALL, halvings=3))
-    assert model.sample(fold(0, torch.arange(2)), steps=2).shape == (2, *shape)
+def test_any_size_can_be_halved_and_comes_back() -> None:
+    for shape in ((1, 13, 9), (2, 1, 5)):
+        spec = DataSpec(name="odd", kind="image", shape=shape, levels=4, classes=0)
+        model = diffusion(spec, DiffusionConfig(width=8, halvings=3))
+        assert model.sample(fold(0, torch.arange(2)), steps=2).shape == (2, *shape)
 
 
 def test_dropout_acts_in_training_alone_and_follows_the_key() -> None:
