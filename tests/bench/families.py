@@ -40,8 +40,8 @@ from gdl_ray.train.checkpoint import load_family
 from gdl_ray.train.local import LocalRun
 from gdl_ray.train.loop import Budget, Plan
 
-TIGHT_SAMPLES = {"vae": 1000, "flow": 64, "hierarchical": 64}
-MOST_BAYES_SAMPLES = 100  # for each class
+TIGHT_SAMPLES = {"vae": 1000, "flow": 64, "diffusion": 128, "hierarchical": 64}
+MOST_BAYES_SAMPLES = 128  # for each class
 TIMED_SAMPLES = 360
 
 
