@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_START_SCALE = 0.1  # of a logistic that does not know its data yet
-
 
 def log_prob(x: Tensor, mean: Tensor, log_scale: Tensor, levels: int) -> Tensor:
     """Compute log P(x) in nats.
@@ -52,21 +50,18 @@ def centers(x: Tensor, levels: int) -> Tensor:
 
 
 def marginal(counts: Tensor | None, shape: tuple[int, ...], levels: int) -> Tensor:
-    """Start a decoder at the mean of the data, and at their spread where that is small.
+    """Start a decoder at the mean of the data, with a scale of a tenth of half their range.
 
     Args:
-        counts: how often each level occurs at each dimension, (dims, levels); None where they are not known.
+        counts: how often each level occurs at each dimension, (dims, levels); None puts the means at 0.
         shape: of an image, (C, H, W).
         levels: number of levels.
 
     Returns:
-        Mean and log-scale of each value, (2 C, H, W). Scales lie between a bin and a tenth, as the borders of
-        an image that are always black would have none; a tenth where bins are wider.
+        Mean and log-scale of each value, (2 C, H, W).
     """
-    mean, scale = torch.zeros(shape), torch.full(shape, _START_SCALE)
+    mean = torch.zeros(shape)
     if counts is not None:
-        share, center = counts / counts.sum(1, keepdim=True), centers(torch.arange(levels), levels)
-        mean = (share @ center).view(shape)
-        variance = ((share * (center - mean.view(-1, 1)).square()).sum(1)).view(shape)
-        scale = (variance.sqrt() * (math.sqrt(3) / math.pi)).clamp(2 / levels, _START_SCALE)
-    return torch.cat([mean, scale.log()])
+        share = counts / counts.sum(1, keepdim=True)
+        mean = (share @ centers(torch.arange(levels), levels)).view(shape)
+    return torch.cat([mean, torch.full(shape, math.log(0.1))])

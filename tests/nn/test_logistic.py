@@ -41,22 +41,3 @@ def test_samples_follow_the_probabilities() -> None:
 def test_quantize_inverts_centers() -> None:
     x = torch.arange(LEVELS, dtype=torch.uint8)
     assert torch.equal(logistic.quantize(logistic.centers(x, LEVELS), LEVELS), x)
-
-
-def test_decoders_start_at_the_moments_of_the_data() -> None:
-    generator = np.random.default_rng(0)
-    x = np.stack([np.zeros(1000), generator.normal(100, 6, 1000), generator.uniform(0, 255, 1000)], axis=1)
-    x = x.round().astype(np.int64)
-    counts = torch.from_numpy(np.stack([np.bincount(column, minlength=256) for column in x.T]))
-    mean, log_scale = logistic.marginal(counts, (1, 1, 3), 256).flatten(1)
-    on_scale = (x + 0.5) / 128 - 1
-    np.testing.assert_allclose(mean, on_scale.mean(0), atol=1e-5)
-    assert log_scale[0].exp().item() == pytest.approx(2 / 256)
-    assert stats.logistic(0, log_scale[1].exp().item()).std() == pytest.approx(on_scale[:, 1].std(), rel=1e-4)
-    assert log_scale[2].exp().item() == pytest.approx(0.1)
-
-
-def test_decoders_of_few_levels_start_with_a_tenth() -> None:
-    counts = torch.tensor([[10, 0], [5, 5]])
-    assert logistic.marginal(counts, (1, 1, 2), 2)[1].exp().flatten().tolist() == pytest.approx([0.1, 0.1])
-    assert logistic.marginal(None, (1, 1, 2), 2)[1].exp().flatten().tolist() == pytest.approx([0.1, 0.1])
