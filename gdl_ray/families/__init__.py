@@ -48,9 +48,11 @@ def preset(key: str, dataset: str, size: float = 1.0) -> Preset:
     """
     kind = FAMILIES[key]
     chosen = kind.presets[dataset]()
+    if size == 1:  # as it is written, also where a width is no multiple of 8
+        return chosen
     fields = dict.fromkeys(kind.widths, 8) | dict.fromkeys(kind.depths, 1)
     scaled = {
         name: max(unit, unit * round(getattr(chosen.model, name) * size / unit))
         for name, unit in fields.items()
     }
-    return chosen if size == 1 else replace(chosen, model=replace(chosen.model, **scaled))
+    return replace(chosen, model=replace(chosen.model, **scaled))
