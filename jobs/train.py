@@ -1,249 +1,88 @@
 """Train a family on a dataset, register the best checkpoint, and say where to look.
 
 ray job submit --working-dir . -- python -m jobs.train vae --data digits --workers 2
+
+A run whose driver was killed goes on when the same command is submitted again with its `--name`.
 """
 
 import logging
 import os
-import re
 import secrets
 import signal
 import sys
-from argparse import ArgumentParser
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import ray
 import ray.train
-import tyro
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gdl_ray import families, registry
-from gdl_ray.data import DATASETS, Dataset, load
+from gdl_ray import registry, tracking
+from gdl_ray.data import Dataset
 from gdl_ray.families import FAMILIES
-from gdl_ray.family import Likelihood, Optimization, Preset
+from gdl_ray.family import Likelihood
 from gdl_ray.home import home
 from gdl_ray.train.checkpoint import git_commit, load_family
-from gdl_ray.train.loop import SCORE, Budget, Plan, split_nats
+from gdl_ray.train.loop import Plan
 from gdl_ray.train.parallel import World
-from gdl_ray.train.worker import Task, work
+from gdl_ray.train.store import Store
+from gdl_ray.train.validation import SCORE, split_nats
+from gdl_ray.train.worker import RUN_FILE, Outcome, Task, work
+from jobs.cluster import TimeoutExpired, connect, wait_for_room
+from jobs.options import Options, UsageError, check, parse
 
-Model = TypeVar("Model")
-
-MAX_SIZE = 16.0
-"""Largest factor of a preset's width and depth; its weights grow with the third power."""
-
-_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message says what to change."""
+_CLAIM_S = 30.0  # how long the processes of a killed driver may take to vanish
+_RESIZE_S = 30.0  # how often an elastic run looks for more room
+_FAREWELL_S = 10.0  # how long a stopped job waits for MLflow
 
 
 class TrainingError(Exception):
     """Training ended without a model."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options(Generic[Model]):
-    """Train a family of generative models on a dataset, and register the best checkpoint in MLflow."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that this job holds: where its checkpoints are, and the actor that logs its metrics."""
 
-    family: tyro.conf.Positional[str]
-    """Key of the family."""
-    data: str = "digits"
-    """Name of the dataset."""
-    size: float = 1.0
-    """Multiplies width and depth of the preset's network."""
-    workers: int = 1
-    """Ray Train workers; they share each batch."""
-    cpus: int = 1
-    """CPU cores per worker."""
-    gpu: bool = False
-    """Give each worker a GPU."""
-    steps: int
-    """End after so many optimizer steps, if neither --examples nor --budget is given."""
-    examples: int = 0
-    """End after so many examples; 0 for no such end."""
-    budget: str = ""
-    """End after so much time spent on steps, as 60s, 10min or 2h; validation and checkpoints do not count."""
-    seed: int = 0
-    """Decides initial weights, order of examples and all noise."""
-    name: str = ""
-    """Name of the run; made from family, data and the time if left out."""
-    promote: bool = False
-    """Make the new version champion even if there is one already. A first version always is."""
-    report_every: int = 50
-    """Steps between lines of metrics."""
-    checkpoint_every: int = 250
-    """Steps between checkpoints, each with a validation and samples."""
-    patience: int = 10
-    """Validations in a row without a better one, after which training ends."""
-    max_failures: int = 3
-    """How often workers may die before the job gives up; they go on from the last checkpoint."""
-    model: Model
-    """Configuration of the family."""
-    optimization: Optimization
-    """How it is trained."""
-
-    @property
-    def resources(self) -> dict[str, int]:
-        """What Ray has to give each worker."""
-        return {"CPU": self.cpus} | ({"GPU": 1} if self.gpu else {})
+    name: str
+    store: Store
+    id: str
+    """Of the MLflow run."""
+    log: Any
+    record: Mapping[str, Any]
+    """What `run.json` says."""
 
 
-def parse(arguments: Sequence[str]) -> Options[Any]:
-    """Read the command line; the defaults are the preset of its family and dataset.
+def start(options: Options[Any], dataset: Dataset) -> Run:
+    """Start a run, or take up the one of that name; no other job may have it.
 
     Raises:
-        UsageError: if family or dataset are unknown.
+        UsageError: if another job trains it, or it was started to train something else.
     """
-    pairs = zip(["", *arguments], arguments, strict=False)
-    words = [word for before, word in pairs if word in FAMILIES and before != "--name"]
-    family = words[0] if words else next(iter(FAMILIES))
-    known = ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--data", default="digits")
-    known.add_argument("--size", default="1")
-    given = known.parse_known_args(arguments)[0]
-    preset = _preset(family, given.data, given.size)
-    kind: Any = Options[FAMILIES[family].Config]  # type: ignore[misc]  # the command line decides the type
-    options: Options[Any] = tyro.cli(
-        kind,
-        args=arguments,
-        default=Options(
-            family=tyro.MISSING,
-            data=given.data,
-            steps=preset.steps,
-            model=preset.model,
-            optimization=preset.optimization,
-        ),
-        prog="python -m jobs.train",
-    )
-    if options.family != family:
-        raise UsageError(f"unknown family {options.family!r}: choose from {', '.join(FAMILIES)}")
-    return options
-
-
-def _preset(family: str, data: str, size: str) -> Preset:
-    if data not in DATASETS:
-        raise UsageError(f"unknown dataset --data {data}: choose from {', '.join(DATASETS)}")
-    if data not in FAMILIES[family].presets:
-        able = [key for key, kind in FAMILIES.items() if data in kind.presets]
-        raise UsageError(f"{family} has no preset for --data {data}: choose from {', '.join(able)}")
-    try:
-        factor = float(size)
-    except ValueError:
-        factor = 0.0
-    if not 0 < factor <= MAX_SIZE:
-        raise UsageError(f"--size {size}: write a factor above 0, at most {MAX_SIZE:g}, such as 0.5 or 2")
-    try:
-        return families.preset(family, data, factor)
-    except ValueError as error:
-        raise UsageError(f"--size {size}: {error}") from error
-
-
-def check(options: Options[Any]) -> tuple[Plan, Dataset]:
-    """Refuse what cannot be done, before anything is held for it.
-
-    Raises:
-        UsageError: naming the option, its value and the cure.
-    """
-    plan = _plan(options)
-    for name, least in (("workers", 1), ("cpus", 1), ("max_failures", 0)):
-        if getattr(options, name) < least:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {getattr(options, name)} must be at least {least}")
-    if plan.optimization.batch_size % options.workers:
-        raise UsageError(
-            f"--workers {options.workers} does not divide --optimization.batch-size "
-            f"{plan.optimization.batch_size}: make the batch a multiple of the workers"
-        )
-    if options.name and not re.fullmatch(r"[\w.-]+", options.name):
-        raise UsageError(f"--name {options.name!r}: use letters, digits, '.', '_' and '-' alone")
-    if options.name and (home() / "runs" / options.name).exists():
-        raise UsageError(f"--name {options.name}: a run of that name exists; choose another")
-    try:
-        dataset = load(options.data, home() / "data")
-        registry.check()
-    except (ValueError, registry.RegistryUnavailable) as error:
-        raise UsageError(str(error)) from error
-    _check_cluster(options)
-    return plan, dataset
-
-
-def _plan(options: Options[Any]) -> Plan:
-    try:
-        return Plan(
-            optimization=options.optimization,
-            budget=_budget(options),
-            seed=options.seed,
-            report_every=options.report_every,
-            checkpoint_every=options.checkpoint_every,
-            patience=options.patience,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _budget(options: Options[Any]) -> Budget:
-    if options.budget and options.examples:
-        raise UsageError("--budget and --examples both say when to end: give one of them")
-    if options.steps < 1 or options.examples < 0:
-        raise UsageError(f"--steps {options.steps}, --examples {options.examples}: write numbers above 0")
-    if options.examples:
-        return Budget(steps=max(1, options.examples // options.optimization.batch_size))
-    if not options.budget:
-        return Budget(steps=options.steps)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h)", options.budget)
-    if not match:
-        raise UsageError(f"--budget {options.budget!r}: write a time as 60s, 10min or 2h")
-    return Budget(seconds=float(match[1]) * _UNITS[match[2]])
-
-
-def _check_cluster(options: Options[Any]) -> None:
-    try:
-        ray.init(logging_level=logging.WARNING)
-    except ConnectionError as error:
-        raise UsageError(f"no Ray cluster answers at RAY_ADDRESS ({error}); `python -m infra up`") from error
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    for resource, each in options.resources.items():
-        room = sum(int(node.get(resource, 0) // each) for node in nodes)
-        if room < options.workers:
-            raise UsageError(
-                f"--workers {options.workers} need {each} {resource} each, and the cluster has room for "
-                f"{room} such workers: ask for fewer or smaller ones, or add nodes"
-            )
-
-
-def run(options: Options[Any], plan: Plan, dataset: Dataset) -> int:
-    """Train, evaluate on the test split once, register; returns the exit code."""
     name = options.name or _new_name(options)
-    run_id, page = registry.start_run(name, dataset, _params(options), _tags(options, dataset))
-    print(f"jobs.train: run {name}, {page}", flush=True)
-    actor: Any = ray.remote(num_cpus=0)(registry.Run)
-    tracked = actor.remote(run_id, registry.tracking_uri())
-    try:
-        best, metrics = _fit(options, plan, name, tracked)
-        print(f"jobs.train: the best checkpoint is {best.path}", flush=True)
-        with best.as_directory() as directory:
-            scores = _test_scores(Path(directory), dataset)
-            ray.get(tracked.log_final.remote(scores))
-            scores |= {SCORE: metrics[SCORE]} if SCORE in metrics else {}
-            version = registry.register(run_id, Path(directory), options.promote, scores)
-    except TrainingError as error:
-        ray.get(tracked.finish.remote("FAILED"))
-        print(f"jobs.train: {error}", file=sys.stderr)
-        return 1
-    except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        ray.get(tracked.finish.remote("KILLED" if stopped else "FAILED"))
-        raise
-    lost = ray.get(tracked.finish.remote())
-    print(_summary(version, scores) + (f"\n  {lost} reports could not be logged" if lost else ""))
-    return 0
+    store = options.store(name)
+    log = _claim(store)
+    wanted = options.decisive() | {"dataset_digest": dataset.digest}
+    record = store.read_json(RUN_FILE)
+    if record:
+        _check_same(name, record["options"], wanted)
+    page = tracking.resume_run(record["mlflow_run"]) if record else None
+    run_id = record["mlflow_run"] if record else ""
+    if page is None:
+        run_id, page = tracking.start_run(name, dataset, options.flat(), _tags(options, dataset))
+        record = {"mlflow_run": run_id, "options": wanted, "is_finished": False}
+        store.write_json(RUN_FILE, record)
+    log.open.remote(run_id)
+    last = max(store.saved(), default=None)
+    print(f"jobs.train: run {name}{f' goes on after step {last.step}' if last else ''}, {page}", flush=True)
+    return Run(name, store, run_id, log, record)
 
 
 def _new_name(options: Options[Any]) -> str:
@@ -251,44 +90,138 @@ def _new_name(options: Options[Any]) -> str:
     return f"{options.family}-{options.data}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def _fit(
-    options: Options[Any], plan: Plan, name: str, tracked: Any
-) -> tuple[ray.train.Checkpoint, dict[str, float]]:
-    """Train on the cluster; returns the best checkpoint with its metrics."""
-    has_score = issubclass(FAMILIES[options.family], Likelihood)
+def _claim(store: Store) -> Any:
+    """Make the actor that logs a run: its name in the cluster says that the run is taken."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote(tracking.Run)
+    actor = remote.options(num_cpus=0, name=f"run {store.address}", scheduling_strategy=here)
+    deadline = time.monotonic() + _CLAIM_S
+    while True:
+        try:
+            return actor.remote(tracking.tracking_uri())
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"{store.address} is trained by another job now: choose another --name"
+                ) from error
+            time.sleep(1)
+
+
+def _check_same(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for option in sorted(before.keys() | now.keys()):
+        if before.get(option) != now.get(option):
+            raise UsageError(
+                f"--name {name}: that run was started with {option}={before.get(option)}, not "
+                f"{now.get(option)}: ask for the same to go on with it, or choose another name"
+            )
+
+
+def run(options: Options[Any], plan: Plan, dataset: Dataset) -> int:
+    """Train, evaluate on the test split once, register; returns the exit code."""
+    held = start(options, dataset)
+    try:
+        version, scores = _registered(held, options) or _train_and_register(held, options, plan, dataset)
+    except (TrainingError, TimeoutExpired) as error:
+        ray.get(held.log.finish.remote("FAILED"))
+        print(f"jobs.train: {error}", file=sys.stderr)
+        return 1
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        ray.get(held.log.finish.remote("KILLED" if stopped else "FAILED", _FAREWELL_S))
+        raise
+    lost = ray.get(held.log.finish.remote())
+    print(_summary(version, scores) + (f"\n  {lost} reports could not be logged" if lost else ""))
+    return 0
+
+
+def _registered(held: Run, options: Options[Any]) -> tuple[registry.Version, dict[str, float]] | None:
+    """Look up the version of a run that had come to its end before."""
+    found = registry.registered(held.id, registry.model_name(options.data, options.family))
+    if found and held.record["is_finished"]:
+        print(f"jobs.train: run {held.name} is finished", flush=True)
+        return found
+    return None
+
+
+def _train_and_register(
+    held: Run, options: Options[Any], plan: Plan, dataset: Dataset
+) -> tuple[registry.Version, dict[str, float]]:
+    _fit(held, options, plan)
+    best = held.store.best()
+    if best is None:
+        raise TrainingError(f"no whole checkpoint is left in {held.store.address}")
+    print(f"jobs.train: the best checkpoint is {held.store.address}/{best.name}", flush=True)
+    with held.store.open(best.name) as directory:
+        scores = _test_scores(directory, dataset)
+        held.log.log_final.remote(scores)
+        scores |= {SCORE: best.score} if issubclass(FAMILIES[options.family], Likelihood) else {}
+        version = registry.register(held.id, directory, options.promote, scores)
+    held.store.write_json(RUN_FILE, {**held.record, "is_finished": True})
+    return version, scores
+
+
+def _fit(held: Run, options: Options[Any], plan: Plan) -> None:
+    """Train to the end, on one group of workers after the other.
+
+    Raises:
+        TrainingError: if workers fail again and again, or training has failed for good.
+        TimeoutExpired: if there is no room for workers.
+    """
+    failures, reached = 0, _reached(held.store)
+    while True:
+        wait_for_room(options)
+        outcome, why = _attempt(held, options, plan)
+        if outcome.failure:
+            raise TrainingError(outcome.failure)
+        if outcome.ended:
+            return
+        before, reached = reached, _reached(held.store)
+        failures = failures + 1 if why and reached <= before else int(bool(why))
+        if failures > options.max_failures:
+            raise TrainingError(
+                f"workers failed {failures} times in a row after step {reached}; lastly:\n{why}"
+            )
+        cause = f"workers failed ({why.splitlines()[-1]})" if why else "a node is about to be taken away"
+        print(f"jobs.train: {cause}; going on from step {reached}", flush=True)
+
+
+def _reached(store: Store) -> int:
+    """Step of the last checkpoint; 0 where there is none."""
+    return max((saved.step for saved in store.saved()), default=0)
+
+
+def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[Outcome, str]:
+    """Train with one group of workers; returns how that ended, and what broke it if something did."""
     task = Task(
-        family=options.family, model=options.model, data=options.data, data_root=home() / "data", plan=plan
+        family=options.family,
+        model=options.model,
+        data=options.data,
+        data_root=home() / "data",
+        plan=plan,
+        storage=held.store.address,
+        keep=options.keep,
     )
+    least, most = options.workers_range
+    scaling: Any = {
+        "num_workers": most if least == most else (least, most),
+        "elastic_resize_monitor_interval_s": _RESIZE_S,
+    }
+    # One failure ends an attempt: whether there is another, and when, is decided here.
+    failures: Any = {"controller_failure_limit": 0, "relax_collectives_on_preemption": True}
     trainer: Any = TorchTrainer(
         work,  # type: ignore[arg-type]  # ray 2.60 annotates Train V1 and runs V2
-        train_loop_config={"task": task, "run": tracked},
-        scaling_config=ScalingConfig(
-            num_workers=options.workers, use_gpu=options.gpu, resources_per_worker=options.resources
-        ),
+        train_loop_config={"task": task, "run": held.log},
+        scaling_config=ScalingConfig(use_gpu=options.gpu, resources_per_worker=options.resources, **scaling),
         run_config=RunConfig(
-            name=name,
-            storage_path=str(home() / "runs"),
-            failure_config=FailureConfig(max_failures=options.max_failures),
-            # The last one, to go on from, is kept beside the best, to register.
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2,
-                checkpoint_score_attribute=SCORE if has_score else None,
-                checkpoint_score_order="min",
-            ),
+            name=held.name,
+            storage_path=str(home() / "ray_train"),  # Ray Train wants one, and keeps nothing in it
+            failure_config=FailureConfig(max_failures=0, **failures),
         ),
     )
-    # Ray Train would print what workers print again, and look every two seconds whether they are done.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     try:
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise TrainingError(str(error)) from error
-    if result.return_value:
-        raise TrainingError(result.return_value)
-    # Without a score, Ray keeps them in the order of time, and the last one is the best.
-    saved: list[tuple[ray.train.Checkpoint, dict[str, float]]] = result.best_checkpoints
-    return min(reversed(saved), key=lambda each: each[1].get(SCORE, 0.0))
+        return trainer.fit().return_value, ""
+    except (ray.train.TrainingFailedError, RayError) as error:
+        return Outcome(ended=False), str(error).strip() or repr(error)
 
 
 def _test_scores(directory: Path, dataset: Dataset) -> dict[str, float]:
@@ -305,22 +238,13 @@ def _test_scores(directory: Path, dataset: Dataset) -> dict[str, float]:
     }
 
 
-def _params(options: Options[Any]) -> dict[str, str]:
-    """Flatten the options, as MLflow compares them."""
-    flat: dict[str, str] = {}
-    for key, value in asdict(options).items():
-        nested = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {}
-        flat |= {name: str(part) for name, part in (nested or {key: value}).items()}
-    return flat
-
-
 def _tags(options: Options[Any], dataset: Dataset) -> dict[str, str]:
     kind = FAMILIES[options.family]
     return {
         "family": options.family,
         "density": kind.density,
         "likelihood": kind.likelihood_kind if issubclass(kind, Likelihood) else "none",
-        "workers": str(options.workers),
+        "workers": options.workers,
         "device": "gpu" if options.gpu else "cpu",
         "git_commit": git_commit(),
         "dataset_digest": dataset.digest,
@@ -334,16 +258,26 @@ def _summary(version: registry.Version, scores: Mapping[str, float]) -> str:
     return f"jobs.train: {version.name} version {version.version} ({served})  {shown}\n  {version.page}"
 
 
+def _prepare_ray_train() -> None:
+    """Set what Ray Train reads from the environment of a driver."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it would print what workers print again
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that they are done
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the job; returns its exit code: 2 if it was asked for what cannot be done."""
+    _prepare_ray_train()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop`: let the run be told
     try:
         options = parse(arguments)
         plan, dataset = check(options)
+        connect(options)
+        return run(options, plan, dataset)
     except UsageError as error:
         print(f"jobs.train: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop`: let the run be told
-    return run(options, plan, dataset)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import boto3  # type: ignore[import-untyped]
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from gdl_ray.data import Dataset, load
 
@@ -55,6 +57,14 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield uri
 
 
+@pytest.fixture
+def mlflow_client(mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """A client of a real MLflow server, which the code under test finds in its environment."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    monkeypatch.setenv("GDL_RAY_HOME", str(tmp_path / "home"))
+    return MlflowClient(mlflow_server)
+
+
 @contextmanager
 def mlflow_on(port: int, folder: Path) -> Iterator[str]:
     """Run an MLflow server on a port, with its data in a folder."""
@@ -69,14 +79,34 @@ def mlflow_on(port: int, folder: Path) -> Iterator[str]:
             command, stdout=log, stderr=log, cwd=folder, env=env, start_new_session=True
         )
     try:
-        _wait_for(f"{uri}/health", server)
+        wait_for(f"{uri}/health", server)
         yield uri
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 
-def _wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 server; the address of an empty bucket."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    folder = tmp_path_factory.mktemp("s3")
+    with (folder / "log").open("w") as log, pytest.MonkeyPatch.context() as patch:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        try:
+            wait_for(f"http://127.0.0.1:{port}/moto-api/", server)
+            endpoint = f"http://127.0.0.1:{port}"
+            boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="runs")
+            yield f"s3://runs?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+        finally:
+            server.kill()
+            server.wait()
+
+
+def wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + 120
     while server.poll() is None and time.monotonic() < deadline:
         try:

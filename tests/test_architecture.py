@@ -31,9 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "gdl_ray.evaluate": _LIBRARY,
     "gdl_ray.train": _LIBRARY,
     "gdl_ray.engine": _LIBRARY,
-    "gdl_ray.registry": _LIBRARY,
+    "gdl_ray.tracking": _LIBRARY,
+    "gdl_ray.registry": {*_LIBRARY, "gdl_ray.tracking"},
     "gdl_ray.pyfunc": {"gdl_ray.registry"},
-    "jobs": {*_LIBRARY, "gdl_ray.registry"},
+    "jobs": {*_LIBRARY, "gdl_ray.tracking", "gdl_ray.registry"},
     "serve": {*_LIBRARY, "gdl_ray.registry"},
     "infra": {"gdl_ray.home"},  # so that GDL_RAY_HOME has one meaning
     "gdl_ray": set(),  # the package itself, which every part may import for its version
@@ -42,14 +43,16 @@ ALLOWED: dict[str, set[str]] = {
 # Where a package from outside may be imported; packages not named here, anywhere but in the library's core.
 OUTSIDE = {
     "ray": ("jobs", "serve", "infra", "gdl_ray.train.worker"),
-    "mlflow": ("gdl_ray.registry",),
+    "mlflow": ("gdl_ray.registry", "gdl_ray.tracking"),
     "boto3": ("infra",),
 }
 PURE = {"gdl_ray.random": {"torch"}, "gdl_ray.nn": {"torch"}}
 CORE = {"torch", "numpy", "safetensors", "sklearn", "PIL"}
 EXTRA = {
     "gdl_ray.client": {"httpx"},
-    "gdl_ray.registry": {"mlflow", "pandas", "requests"},
+    "gdl_ray.registry": {"mlflow", "pandas"},
+    "gdl_ray.tracking": {"mlflow", "requests"},
+    "gdl_ray.train.store": {"pyarrow"},
     "gdl_ray.train.worker": {"ray"},
 }
 
@@ -60,6 +63,9 @@ TESTED_ELSEWHERE = {
     "gdl_ray.home": "tests/infra/test_local.py finds its folder, tests/data/test_arrays.py makes one whole",
     "gdl_ray.train.local": "the loop reports to it in tests/train/test_loop.py",
     "gdl_ray.train.parallel": "tests/train/test_loop.py trains with one worker and with two",
+    "gdl_ray.train.clock": "tests/train/test_loop.py trains for a budget of seconds",
+    "gdl_ray.train.snapshot": "tests/train/test_loop.py takes some while training goes on",
+    "gdl_ray.train.validation": "tests/train/test_loop.py validates, and pictures what it saves",
     "gdl_ray.train.worker": "needs Ray Train: tests/test_end_to_end.py submits a job and kills a worker",
     "infra.__main__": "tests/infra/test_local.py runs its verbs",
     "serve.__main__": "needs Ray Serve: tests/infra/test_local.py brings the platform up with it",

@@ -1,8 +1,8 @@
 """Which examples a step reads, and the noise keys they carry: pure functions of (seed, step).
 
 Epochs are permutations laid end to end; step s reads positions [s * batch, (s + 1) * batch) of that endless
-row, and worker r of W takes its r-th slice. So neither the number of workers nor a restart changes what a
-step sees.
+row, and worker r of W takes its r-th slice; the slices differ in length by one at most. So neither the number
+of workers nor a restart changes what a step sees.
 """
 
 from collections.abc import Iterator
@@ -37,6 +37,11 @@ def example_indices(seed: int, start: int, stop: int, size: int) -> npt.NDArray[
     )
 
 
+def share_of(total: int, rank: int, world: int) -> range:
+    """Tell which of `total` rows are those of a worker; the shares differ by one row at most."""
+    return range(rank * total // world, (rank + 1) * total // world)
+
+
 def training_batch(
     split: Split, *, seed: int, step: int, batch_size: int, rank: int = 0, world: int = 1
 ) -> Batch:
@@ -46,15 +51,14 @@ def training_batch(
         split: the training split.
         seed: of the run.
         step: number of the step, from 0.
-        batch_size: examples of the step over all workers; a multiple of `world`.
+        batch_size: examples of the step over all workers.
         rank: this worker, in [0, world - 1].
         world: number of workers.
     """
-    share = batch_size // world
-    first = rank * share
-    start = step * batch_size + first
-    indices = example_indices(seed, start, start + share, len(split))
-    keys = fold(fold(seed, step, _NOISE), torch.arange(first, first + share))
+    share = share_of(batch_size, rank, world)
+    start = step * batch_size
+    indices = example_indices(seed, start + share.start, start + share.stop, len(split))
+    keys = fold(fold(seed, step, _NOISE), torch.arange(share.start, share.stop))
     return _read(split, indices, keys)
 
 

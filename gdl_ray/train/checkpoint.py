@@ -3,17 +3,18 @@
     model.safetensors       averaged weights: what is evaluated and served
     config.json             family, its Config, the DataSpec, versions
     samples.png             what the averaged weights sampled
-    resume/                 raw weights, optimizers and counters: what training needs to go on
+    resume/                 raw weights, optimizers, counters and past metrics: what training needs to go on
     manifest.json           sha256 of each file above, written last
 
 Tensors are safetensors and the rest is JSON: nothing in a checkpoint is code.
 """
 
 import json
+import os
 import shutil
 import subprocess
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -30,6 +31,8 @@ from gdl_ray.family import DataSpec, Family
 from gdl_ray.home import file_sha256
 
 SAMPLES_FILE = "samples.png"
+MANIFEST = "manifest.json"
+"""Written last: a folder without one is half a checkpoint."""
 MODEL_FILES = ("model.safetensors", "config.json", SAMPLES_FILE)
 """The files that serving needs; the rest is for training."""
 
@@ -38,32 +41,49 @@ class DamagedCheckpointError(Exception):
     """A checkpoint is incomplete or does not match its manifest."""
 
 
-def save(
-    directory: Path,
-    model: Family,
-    samples_png: bytes,
-    tensors: Mapping[str, Tensor],
-    counters: Mapping[str, Any],
-) -> None:
-    """Write a checkpoint into an empty folder.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """What a checkpoint holds."""
 
-    Args:
-        directory: where to; made if it is not there.
-        model: the model with its averaged weights.
-        samples_png: a picture of what it samples.
-        tensors: what training resumes from, by name.
-        counters: the rest of it, as JSON values.
-    """
+    description: Mapping[str, Any]
+    """Of the model, by `describe`."""
+    weights: Mapping[str, Tensor]
+    """Averaged weights: what is evaluated and served."""
+    samples_png: bytes = b""
+    """A picture of what they sample."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """What training resumes from, by name."""
+    counters: Mapping[str, Any] = field(default_factory=dict)
+    """The rest of it, as JSON values."""
+    history: Sequence[tuple[int, Mapping[str, float]]] = ()
+    """Every report so far: its step and metrics."""
+
+
+def save(directory: Path, contents: Contents) -> None:
+    """Write a checkpoint into an empty folder, made if it is not there; a power cut does not harm it then."""
     resume = directory / "resume"
     resume.mkdir(parents=True)
-    save_file(_contiguous(model.state_dict()), directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(_describe(model), indent=2) + "\n")
-    (directory / SAMPLES_FILE).write_bytes(samples_png)
-    save_file(_contiguous(tensors), resume / "tensors.safetensors")
-    (resume / "counters.json").write_text(json.dumps(counters, indent=2) + "\n")
+    save_file(_contiguous(contents.weights), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(contents.description, indent=2) + "\n")
+    (directory / SAMPLES_FILE).write_bytes(contents.samples_png)
+    save_file(_contiguous(contents.tensors), resume / "tensors.safetensors")
+    (resume / "counters.json").write_text(json.dumps(contents.counters, indent=2) + "\n")
+    (resume / "history.json").write_text(json.dumps(contents.history) + "\n")
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     manifest = {path.relative_to(directory).as_posix(): file_sha256(path) for path in files}
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    _flush(*files)
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    _flush(directory / MANIFEST, resume, directory, directory.parent)
+
+
+def _flush(*paths: Path) -> None:
+    """Wait until files and folders are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def verify(directory: Path, files: tuple[str, ...] | None = None) -> None:
@@ -73,7 +93,7 @@ def verify(directory: Path, files: tuple[str, ...] | None = None) -> None:
         DamagedCheckpointError: naming the first file that is missing or differs.
     """
     try:
-        manifest = json.loads((directory / "manifest.json").read_text())
+        manifest = json.loads((directory / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"checkpoint {directory} has no readable manifest: {error}") from error
     for name in manifest if files is None else files:
@@ -98,22 +118,31 @@ def load_family(directory: Path) -> Family:
     return family.eval().requires_grad_(False)
 
 
-def load_resume(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Load averaged weights, tensors and counters to resume training from, on the CPU.
+def load(directory: Path) -> Contents:
+    """Load all of a checkpoint, on the CPU.
 
     Raises:
         DamagedCheckpointError: if any file is missing or altered.
     """
     verify(directory)
-    counters = json.loads((directory / "resume" / "counters.json").read_text())
-    return (
-        load_file(directory / "model.safetensors"),
-        load_file(directory / "resume" / "tensors.safetensors"),
-        counters,
+    resume = directory / "resume"
+    return Contents(
+        description=json.loads((directory / "config.json").read_text()),
+        weights=load_file(directory / "model.safetensors"),
+        samples_png=(directory / SAMPLES_FILE).read_bytes(),
+        tensors=load_file(resume / "tensors.safetensors"),
+        counters=json.loads((resume / "counters.json").read_text()),
+        history=load_history(directory),
     )
 
 
-def _describe(model: Family) -> dict[str, Any]:
+def load_history(directory: Path) -> list[tuple[int, dict[str, float]]]:
+    """Load the steps and metrics of all reports before a checkpoint."""
+    return [(step, metrics) for step, metrics in json.loads((directory / "resume/history.json").read_text())]
+
+
+def describe(model: Family) -> dict[str, Any]:
+    """Tell what builds this model again, and what built it."""
     return {
         "family": key_of(model),
         "config": asdict(model.config),

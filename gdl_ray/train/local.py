@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from gdl_ray.train.checkpoint import DamagedCheckpointError, verify
-from gdl_ray.train.loop import SCORE, Report
+from gdl_ray.train.loop import Report
+from gdl_ray.train.validation import SCORE
 
 _SHOWN = ("loss", "bits_per_dim")
 
@@ -29,10 +30,11 @@ class LocalRun:
     def __call__(self, report: Report) -> None:
         """Take a report of the loop."""
         print(progress_line(report), flush=True)
-        if report.write:
+        if report.snapshot:
             before = {self.last, self.best}
             self.last = self.folder / f"step-{report.step:08d}"
-            report.write(self.last)
+            report.snapshot.write(self.last)
+            report.snapshot.release()
             if (score := report.metrics.get(SCORE, -math.inf)) <= self._score:
                 self._score, self.best = score, self.last
             for path in before - {self.last, self.best}:
@@ -55,6 +57,8 @@ class LocalRun:
 def progress_line(report: Report) -> str:
     """Say in one line how far training is, how fast, and how well it does."""
     values = report.metrics
+    if not values:
+        return f"step {report.step:>6}  interrupted"
     left_s = values["seconds"] * (1 / max(values["progress"], 1e-9) - 1)
     parts = [f"step {report.step:>6}", f"{min(values['progress'], 1):4.0%}"]
     parts += [f"{name} {value:.4g}" for name, value in values.items() if name.endswith(_SHOWN)]

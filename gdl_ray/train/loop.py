@@ -10,36 +10,26 @@ of the number of workers, beyond the order of additions, nor of how often traini
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gdl_ray.data import Dataset, Split, evaluation_batches, training_batch
-from gdl_ray.evaluate.likelihood import Nats, log_likelihood
-from gdl_ray.family import Batch, Family, Likelihood, Optimization, State, Unnormalized
-from gdl_ray.images import png_grid
-from gdl_ray.random import fold
+from gdl_ray.data import Dataset, training_batch
+from gdl_ray.family import Batch, Family, Likelihood, Optimization, Unnormalized
 from gdl_ray.train import checkpoint
+from gdl_ray.train.checkpoint import Contents
+from gdl_ray.train.clock import Clock, Stopwatch
 from gdl_ray.train.parallel import World, distribute, fast_matrix_products, require_grad
+from gdl_ray.train.snapshot import Memory, Snapshot
+from gdl_ray.train.validation import SCORE, sample_grid, split_nats
 
-Clock = Callable[[], float]
-"""Tells the time in seconds since any moment."""
-
-SCORE = "validation/bits_per_dim"
-"""The metric that tells the best checkpoint, lower is better; only families with a likelihood report it."""
-
-_CLOCK_STEPS = 10  # how often workers agree on the time
+_AGREE_STEPS = 10  # how often workers agree on the time, and on whether to stop
 _RATE_FLOOR = 0.02  # of the peak learning rate
-_EVALUATION_BATCH = 256
-_FEW_EXAMPLES = 1000  # that need all of a model's quick samples
-_GRID_ROWS = 5
-_GRID_COLUMNS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,14 +80,13 @@ class Report:
 
     step: int
     metrics: Mapping[str, float]
-    """Equal on all workers, but for what their clocks say."""
-    write: Callable[[Path], None] | None
-    """Writes a checkpoint into an empty folder, until the reporter returns; None if none is due. Any one
-    worker's is that of all."""
+    """Equal on all workers, but for what their clocks say; empty if training is interrupted between two."""
+    snapshot: Snapshot | None = None
+    """A checkpoint to keep, on the first worker, if one is due: whoever takes it releases it."""
 
 
 class Reporter(Protocol):
-    """Where reports go. It may block until all workers have reported."""
+    """Where reports go."""
 
     def __call__(self, report: Report) -> None:
         """Take a report."""
@@ -115,8 +104,9 @@ def train(
     resume: Path | None = None,
     world: World | None = None,
     clock: Clock = time.perf_counter,
-) -> None:
-    """Train a model until its budget is spent or validation stops improving.
+    interrupted: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train a model until its budget is spent, validation stops improving, or it is interrupted.
 
     Args:
         family: the model, untrained; every worker passes the same weights.
@@ -126,16 +116,20 @@ def train(
         resume: a checkpoint to go on from.
         world: this worker among its peers; alone by default.
         clock: what a budget of seconds is measured with.
+        interrupted: asked on the first worker, at least every ten steps, whether to stop with a checkpoint.
+
+    Returns:
+        Whether training has ended; False if it was interrupted, to go on from its last checkpoint.
 
     Raises:
-        ValueError: if the workers do not divide the batch.
+        ValueError: if there are more workers than examples in a batch.
         DivergenceError: if a loss is no longer finite, or a metric no longer healthy.
         DamagedCheckpointError: if `resume` is.
     """
     world = world or World()
     batch_size = plan.optimization.batch_size
-    if batch_size % world.size:
-        raise ValueError(f"batch_size={batch_size} is not a multiple of the {world.size} workers")
+    if batch_size < world.size:
+        raise ValueError(f"batch_size={batch_size} has no example for some of the {world.size} workers")
     training = Training(family.to(world.device), plan, world, clock)
     if resume:
         training.restore(resume)
@@ -150,10 +144,14 @@ def train(
             world=world.size,
         )
         training.advance(batch.to(world.device))
-        if training.step % plan.report_every == 0 or training.ended:
-            metrics = training.read_metrics()  # on the clock: it waits for the steps to be done
+        stop = training.agree(interrupted())
+        if training.is_report_due or stop:
+            metrics = training.read_metrics() if training.is_report_due else {}  # on the clock: it waits
             with training.clock.stopped():
-                report(training.summarize(metrics, dataset))
+                report(training.summarize(metrics, dataset, stop))
+        if stop:
+            break
+    return training.ended
 
 
 class Training:
@@ -169,27 +167,37 @@ class Training:
         self.stale = 0  # validations since the best one
         self.ended = False
         self.clock = Stopwatch(clock)
+        self.history: list[tuple[int, Mapping[str, float]]] = []
         self._modules = {phase: distribute(family, phase, world) for phase in family.phases}
         self._optimizers = {phase: _optimizer(family, phase, plan.optimization) for phase in family.phases}
         self._sums: dict[str, Tensor] = {}  # of metrics since the last report
-        self._first = 0  # step of the last report
+        self._reported = 0  # step of the last report
+        self._timed = 0  # step since which the clock's lap counts
+        self._broken = torch.full((), math.inf, device=world.device)  # first step that was not finite
         self._progress = 0.0
+        self._memory = Memory()
+
+    @property
+    def is_report_due(self) -> bool:
+        """Whether metrics are read after this step."""
+        return self.ended or self.step % self.plan.report_every == 0
 
     def advance(self, batch: Batch) -> None:
         """Take one optimizer step per phase, and average the weights."""
         rate = learning_rate(self.plan.optimization, self._progress)
+        share = len(batch.x) / self.plan.optimization.batch_size
         self.family.train()
         for phase in self.family.phases:
             require_grad(self.family, phase)
             with fast_matrix_products(self.world.device, self.plan.optimization.precision):
                 losses = self._modules[phase](batch, phase)
-            losses.loss.backward()
+            (losses.loss * (share * self.world.size)).backward()  # shares may differ in length by one
             norm = self._update(phase, rate)
             # A gradient that is not finite spoils the weights one step before any loss tells.
-            self._record(phase, {"loss": losses.loss.detach(), **losses.metrics, "gradient_norm": norm})
+            metrics = {"loss": losses.loss.detach(), **losses.metrics, "gradient_norm": norm}
+            self._record(phase, metrics, share)
         self.step += 1
         self._update_average()
-        self._update_progress()
 
     def _update(self, phase: str, rate: float) -> Tensor:
         """Take an optimizer step; returns the norm of the gradient."""
@@ -201,11 +209,16 @@ class Training:
         optimizer.zero_grad(set_to_none=True)
         return norm.detach()
 
-    def _record(self, phase: str, metrics: Mapping[str, Tensor]) -> None:
-        """Add to the sums without reading them: reading would wait for the device."""
+    def _record(self, phase: str, metrics: Mapping[str, Tensor], share: float) -> None:
+        """Add to the sums without reading them: reading would wait for the device.
+
+        In float64, whose sums of float32 are exact, so that neither workers nor interruptions show in them.
+        """
         prefix = "train/" if len(self.family.phases) == 1 else f"train/{phase}/"
         for name, value in metrics.items():
-            self._sums[prefix + name] = self._sums.get(prefix + name, 0) + value
+            self._sums[prefix + name] = self._sums.get(prefix + name, 0) + (value * share).double()
+        fine = torch.isfinite(metrics["loss"] + metrics["gradient_norm"])
+        self._broken = torch.where(fine, self._broken, self._broken.clamp(max=self.step + 1))
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -215,32 +228,36 @@ class Training:
         for mine, trained in zip(self.average.buffers(), self.family.buffers(), strict=True):
             mine.copy_(trained)
 
-    def _update_progress(self) -> None:
-        budget = self.plan.budget
-        if budget.steps:
-            self._progress = self.step / budget.steps
-        elif self.world.size == 1 or self.step % _CLOCK_STEPS == 0:
-            self._progress = self.world.from_first(self.clock.seconds) / budget.seconds
+    def agree(self, interrupted: bool) -> bool:
+        """Agree with the other workers on how far training is; returns whether all stop here."""
+        stop = 0.0
+        if self.world.size == 1 or self.step % _AGREE_STEPS == 0:
+            seconds, stop = self.world.from_first(self.clock.seconds, interrupted)
+            if not self.plan.budget.steps:
+                self._progress = seconds / self.plan.budget.seconds
+        if self.plan.budget.steps:
+            self._progress = self.step / self.plan.budget.steps
         self.ended = self._progress >= 1
+        return bool(stop)
 
-    def summarize(self, metrics: dict[str, float], dataset: Dataset) -> Report:
-        """Report metrics; validate and offer a checkpoint when one is due."""
+    def summarize(self, metrics: dict[str, float], dataset: Dataset, stop: bool = False) -> Report:
+        """Report metrics; validate and offer a checkpoint when one is due, or just that before a stop."""
         due = self.ended or self.step % self.plan.checkpoint_every == 0
         if due:
             metrics |= self._validate(dataset)
-        write = partial(self._write, self._gather_carried()) if due else None
-        return Report(self.step, metrics, write)
+        if metrics:
+            self.history.append((self.step, metrics))
+        return Report(self.step, metrics, self.snapshot(metrics.get(SCORE), due) if due or stop else None)
 
     def read_metrics(self) -> dict[str, float]:
         """Average the metrics since the last reading, over steps and workers."""
-        steps = self.step - self._first
-        sums = self.world.sum(torch.stack([value.double() for value in self._sums.values()]))
-        values = (sums / (steps * self.world.size)).tolist()
+        sums = self.world.sum(torch.stack(list(self._sums.values())))
+        values = (sums / (self.step - self._reported)).tolist()
         metrics = dict(zip(self._sums, values, strict=True))
         for name, value in metrics.items():
             self._check_health(name, value)
-        rate = steps * self.plan.optimization.batch_size / self.clock.lap()
-        self._sums, self._first = {}, self.step
+        rate = (self.step - self._timed) * self.plan.optimization.batch_size / self.clock.lap()
+        self._sums, self._reported, self._timed = {}, self.step, self.step
         return metrics | {"progress": self._progress, "seconds": self.clock.seconds, "examples_per_s": rate}
 
     def _check_health(self, name: str, value: float) -> None:
@@ -249,10 +266,11 @@ class Training:
         if math.isfinite(value) and least <= value <= most:
             return
         usual = f" (healthy: {least:g} to {most:g})" if healthy else ""
+        first = self.world.least(self._broken.item())
+        when = f"at step {first:.0f}" if math.isfinite(first) else f"by step {self.step}"
         optimization = self.plan.optimization
         raise DivergenceError(
-            f"{name} is {value:.4g}{usual} within steps {self._first + 1} to {self.step}: "
-            f"training diverged; {self.family.advice} "
+            f"{name} is {value:.4g}{usual} {when}: training diverged; {self.family.advice} "
             f"(peak learning rate now {optimization.learning_rate:g}, clip norm {optimization.clip_norm:g})"
         )
 
@@ -270,29 +288,52 @@ class Training:
         self.ended = self.ended or self.stale >= self.plan.patience
         return {SCORE: score}
 
-    def _gather_carried(self) -> State:
-        return {name: self.world.gather(rows) for name, rows in sorted(self.family.carried.items())}
+    def snapshot(self, score: float | None, evaluated: bool) -> Snapshot | None:
+        """Copy all that a checkpoint holds, on the first worker; the others contribute their share."""
+        batch_size = self.plan.optimization.batch_size
+        carried = {
+            name: self.world.gather(rows, batch_size) for name, rows in sorted(self.family.carried.items())
+        }
+        sums = {name: self.world.sum(value.clone()) for name, value in self._sums.items()}
+        if self.world.rank > 0:
+            return None
+        weights = _under("average/", self.average.state_dict())
+        tensors = self._tensors() | _under("carried/", carried) | _under("sums/", sums)
+        copies = self._memory.copy(weights | tensors)
+        contents = Contents(
+            description=checkpoint.describe(self.average),
+            weights=_below("average/", copies),
+            samples_png=sample_grid(self.average) if evaluated else b"",
+            tensors={name: copies[name] for name in tensors},
+            counters=self._counters() | {"score": score, "evaluated": evaluated},
+            history=list(self.history),
+        )
+        return Snapshot(contents=contents, release=partial(self._memory.take_back, copies))
 
-    def _write(self, carried: State, directory: Path) -> None:
-        tensors = {f"weights/{name}": tensor for name, tensor in self.family.state_dict().items()}
-        tensors |= {f"carried/{name}": rows for name, rows in carried.items()}
+    def _tensors(self) -> dict[str, Tensor]:
+        """Name what is trained, and the state of what trains it."""
+        tensors = _under("weights/", self.family.state_dict())
         for phase, optimizer in self._optimizers.items():
             for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer/{phase}/{index}/{name}": value for name, value in state.items()}
-        counters = {
+                tensors |= _under(f"optimizer/{phase}/{index}/", state)
+        return tensors
+
+    def _counters(self) -> dict[str, Any]:
+        return {
             "step": self.step,
+            "reported": self._reported,
             "seconds": self.clock.seconds,
             "progress": self._progress,
             "best": self.best if math.isfinite(self.best) else None,
             "stale": self.stale,
             "ended": self.ended,
         }
-        checkpoint.save(directory, self.average, sample_grid(self.average), tensors, counters)
 
     def restore(self, directory: Path) -> None:
         """Go on from a checkpoint as if there had been no interruption."""
-        average, tensors, counters = checkpoint.load_resume(directory)
-        self.average.load_state_dict(average)
+        saved = checkpoint.load(directory)
+        counters, tensors = saved.counters, saved.tensors
+        self.average.load_state_dict(saved.weights)
         self.family.load_state_dict(_below("weights/", tensors))
         self.family.carried = {
             name: self._share(name, rows) for name, rows in _below("carried/", tensors).items()
@@ -303,7 +344,13 @@ class Training:
                 index, name = path.split("/")
                 state.setdefault(int(index), {})[name] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        self.step = self._first = counters["step"]
+        if self.world.rank == 0:  # they are those of all workers
+            self._sums = {
+                name: value.to(self.world.device) for name, value in _below("sums/", tensors).items()
+            }
+        self.history = list(saved.history)
+        self.step = self._timed = counters["step"]
+        self._reported = counters["reported"]
         self.best = math.inf if counters["best"] is None else counters["best"]
         self.stale = counters["stale"]
         self.ended, self._progress = counters["ended"], counters["progress"]
@@ -327,29 +374,6 @@ def learning_rate(optimization: Optimization, progress: float) -> float:
     return optimization.learning_rate * max(min(rising, falling), _RATE_FLOOR)
 
 
-def split_nats(model: Likelihood, split: Split, world: World) -> Nats:
-    """Measure log p(x) over a split, each worker a share of it.
-
-    What a small split averages over draws, a large one averages over examples.
-    """
-    samples = max(1, model.quick_samples * _FEW_EXAMPLES // max(len(split), _FEW_EXAMPLES))
-    batches = evaluation_batches(split, batch_size=_EVALUATION_BATCH, rank=world.rank, world=world.size)
-    unlabelled = (batch.unlabelled().to(world.device) for batch in batches)
-    mine = log_likelihood(model, unlabelled, samples)
-    sums = torch.tensor([mine.total, mine.squares, mine.examples], dtype=torch.float64, device=world.device)
-    return Nats(*world.sum(sums).tolist())
-
-
-def sample_grid(model: Family) -> bytes:
-    """Picture samples, a class per column, with the same keys at every step of every run."""
-    count = _GRID_ROWS * _GRID_COLUMNS
-    device = next(model.parameters()).device
-    keys = fold(0, torch.arange(count, device=device))
-    classes = model.spec.classes
-    labels = torch.arange(count, device=device) % _GRID_COLUMNS % classes if classes else None
-    return png_grid(model.sample(keys, labels).cpu(), model.spec.levels, columns=_GRID_COLUMNS)
-
-
 def _optimizer(family: Family, phase: str, optimization: Optimization) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         list(family.phase_parameters(phase)),
@@ -360,35 +384,9 @@ def _optimizer(family: Family, phase: str, optimization: Optimization) -> torch.
     )
 
 
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-class Stopwatch:
-    """Seconds spent on steps."""
-
-    def __init__(self, now: Clock = time.perf_counter, seconds: float = 0.0):
-        self.now = now
-        self._counted = seconds
-        self._since: float | None = now()
-        self._lap = seconds
-
-    @property
-    def seconds(self) -> float:
-        """Seconds counted so far."""
-        return self._counted + (0.0 if self._since is None else self.now() - self._since)
-
-    def lap(self) -> float:
-        """Seconds counted since the last lap."""
-        now = self.seconds
-        lap, self._lap = now - self._lap, now
-        return lap
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Count nothing meanwhile."""
-        self._counted, self._since = self.seconds, None
-        try:
-            yield
-        finally:
-            self._since = self.now()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gdl_ray.data.batches import share_of
 from gdl_ray.family import Family
 
 CPU = torch.device("cpu")
@@ -29,24 +30,36 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """Lay the workers' rows one below the other."""
+    def gather(self, rows: Tensor, total: int) -> Tensor:
+        """Lay the workers' rows, each its share of `total`, one below the other."""
         if self.size == 1:
             return rows
-        shares = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(shares, rows.contiguous())
-        return torch.cat(shares)
+        lengths = [len(share_of(total, rank, self.size)) for rank in range(self.size)]
+        mine = rows.new_zeros(max(lengths), *rows.shape[1:])  # shares of one length, as all_gather wants them
+        mine[: len(rows)] = rows
+        shares = [torch.empty_like(mine) for _ in lengths]
+        dist.all_gather(shares, mine)
+        return torch.cat([share[:length] for share, length in zip(shares, lengths, strict=True)])
 
     def share(self, rows: Tensor) -> Tensor:
         """Take this worker's rows of what `gather` made, with any number of workers."""
-        return rows.chunk(self.size)[self.rank].clone()
+        mine = share_of(len(rows), self.rank, self.size)
+        return rows[mine.start : mine.stop].clone()
 
-    def from_first(self, value: float) -> float:
-        """Agree on the first worker's value."""
+    def least(self, value: float) -> float:
+        """Agree on the least of the workers' values."""
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         if self.size > 1:
-            dist.broadcast(tensor, src=0)
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return tensor.item()
+
+    def from_first(self, *values: float) -> list[float]:
+        """Agree on the first worker's values."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        numbers: list[float] = tensor.tolist()
+        return numbers
 
 
 def require_grad(family: Family, phase: str) -> None:

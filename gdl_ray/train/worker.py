@@ -1,11 +1,13 @@
-"""The training loop under Ray Train: what each worker of a job runs."""
+"""The training loop under Ray Train: what each worker of a job runs.
+
+Ray Train places the workers and tells of preemption. Checkpoints and metrics do not pass through it: a store
+that is away would end its controller, which also lets the workers wait for each report.
+"""
 
 import logging
-import secrets
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,17 @@ import torch
 
 from gdl_ray.data import load
 from gdl_ray.families import build
-from gdl_ray.train.checkpoint import SAMPLES_FILE, DamagedCheckpointError, verify
+from gdl_ray.train import checkpoint
 from gdl_ray.train.local import progress_line
 from gdl_ray.train.loop import DivergenceError, Plan, Report, train
 from gdl_ray.train.parallel import World
+from gdl_ray.train.saver import Saver, StorageError
+from gdl_ray.train.store import Store
 
-_STEP = "step"
+RUN_FILE = "run.json"
+"""What the driver writes into the store before any worker starts."""
+
+_PREEMPTION_POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,32 +46,58 @@ class Task:
     data_root: Path
     """Folder of prepared datasets, on every node."""
     plan: Plan
+    storage: str
+    """Address of the run's store."""
+    keep: int
+    """How many of the last checkpoints to keep."""
 
 
-def work(config: Mapping[str, Any]) -> str | None:
-    """Train on this worker, from the last intact checkpoint of the run if there is one.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the work of a worker ended."""
+
+    ended: bool = True
+    """Whether training is over; if not, it was interrupted and goes on from its last checkpoint."""
+    failure: str = ""
+    """Why it failed for good."""
+
+
+def work(config: Mapping[str, Any]) -> Outcome:
+    """Train on this worker, from the last whole checkpoint of the run if there is one.
 
     Args:
-        config: `task`, a Task, and `run`, the handle of an actor like `registry.Run` that logs metrics.
-
-    Returns:
-        Why training failed for good; None if it did not.
+        config: `task`, a Task, and `run`, the handle of an actor like `tracking.Run` that logs metrics.
     """
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells every report again, at length
+    logging.getLogger().setLevel(logging.WARNING)
     task: Task = config["task"]
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(_cpus())
+    store = Store(task.storage)
+    if store.read_json(RUN_FILE) is None:
+        return Outcome(failure=f"{task.storage} is not to be seen from a worker's node: give --storage a "
+                       "folder that all nodes share, or a bucket")  # fmt: skip
     dataset = load(task.data, task.data_root)
     family = build(task.family, task.model, dataset.spec, task.plan.seed)
-    reporter = _Reporter(world.rank, config["run"])
+    reporter = _Reporter(world.rank, config["run"], Saver(lambda snapshot: store.save(snapshot, task.keep)))
+    preempted = _watch_for_preemption()
     try:
-        with _resume() as directory:
-            train(family, dataset, task.plan, reporter, directory, world)
+        with _last_checkpoint(store) as directory:
+            if directory:
+                reporter.recall(directory)
+            ended = train(
+                family, dataset, task.plan, reporter, directory, world, interrupted=preempted.is_set
+            )
+        reporter.close()
     except DivergenceError as error:
         # Not raised: Ray would restart the workers, to diverge again at the same step.
-        return str(error)
-    return None
+        last = store.last()
+        return Outcome(
+            failure=f"{error}; the last checkpoint is {f'{task.storage}/{last.name}' if last else 'none'}"
+        )
+    except StorageError as error:
+        return Outcome(failure=f"{error}; when {task.storage} is back, submit the same command again")
+    return Outcome(ended)
 
 
 def _cpus() -> int:
@@ -72,60 +105,64 @@ def _cpus() -> int:
     return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
 
 
-class _Reporter:
-    """Prints and logs what the loop reports, and hands its checkpoints to Ray Train.
+def _watch_for_preemption() -> threading.Event:
+    """Have an event that is set once a node of this group is about to be taken away.
 
-    Metrics do not pass through Ray Train, whose controller collects them every two seconds and lets the
-    workers wait meanwhile.
+    A thread asks, because the question waits for all workers, and a step may be shorter than the answer.
     """
+    preempted = threading.Event()
 
-    def __init__(self, rank: int, run: Any) -> None:
+    def watch() -> None:
+        while not preempted.is_set():
+            time.sleep(_PREEMPTION_POLL_S)
+            if ray.train.get_preemption_info():
+                preempted.set()
+
+    threading.Thread(target=watch, name="preemption", daemon=True).start()
+    return preempted
+
+
+class _Reporter:
+    """Prints and logs what the loop reports, on the first worker, and has its checkpoints saved."""
+
+    def __init__(self, rank: int, run: Any, saver: Saver) -> None:
         self._rank = rank
         self._run = run
+        self._saver = saver
 
     def __call__(self, report: Report) -> None:
-        """Take a report, on every worker."""
-        picture = self._save(report, report.write) if report.write else None
-        if self._rank == 0:
-            print(progress_line(report), flush=True)
-            self._run.log.remote(report.step, dict(report.metrics), picture)
-
-    def _save(self, report: Report, write: Callable[[Path], None]) -> bytes | None:
-        """Hand over a checkpoint, which is uploaded while training goes on; returns its samples."""
-        metrics = {_STEP: report.step, **report.metrics}
+        """Take a report."""
         if self._rank > 0:
-            ray.train.report(metrics)
-            return None
-        directory = Path(tempfile.mkdtemp(prefix="gdl-ray-"))
-        try:
-            write(directory)
-            picture = (directory / SAMPLES_FILE).read_bytes()
-        except BaseException:
-            shutil.rmtree(directory)
-            raise
-        ray.train.report(
-            metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(directory),
-            # A step that is repeated after a failure is another folder, lest pruning the old one takes both.
-            checkpoint_dir_name=f"step-{report.step:08d}-{secrets.token_hex(3)}",
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=True,
-        )
-        return picture
+            return
+        print(progress_line(report), flush=True)
+        picture = report.snapshot.contents.samples_png if report.snapshot else None
+        if report.metrics:
+            self._run.log.remote(report.step, dict(report.metrics), picture)
+        if report.snapshot:
+            self._saver.submit(report.snapshot)
+
+    def recall(self, directory: Path) -> None:
+        """Log again what a checkpoint remembers: its first driver may have died before it was delivered."""
+        if self._rank > 0:
+            return
+        for step, metrics in checkpoint.load_history(directory):
+            self._run.log.remote(step, metrics)
+
+    def close(self) -> None:
+        """Wait until all checkpoints are saved.
+
+        Raises:
+            StorageError: if the store is away for too long.
+        """
+        self._saver.drain()
 
 
 @contextmanager
-def _resume() -> Iterator[Path | None]:
-    """Open the last checkpoint of this run that is whole, if there is one; says which ones are not."""
-    # Ray Train lists them by score.
-    known = ray.train.get_all_reported_checkpoints()
-    for reported in sorted(known, key=lambda reported: reported.metrics[_STEP], reverse=True):
-        with reported.checkpoint.as_directory() as directory:
-            try:
-                verify(Path(directory))
-            except DamagedCheckpointError as error:
-                print(f"{error}; trying the one before", file=sys.stderr, flush=True)
-                continue
-            yield Path(directory)
-            return
-    yield None
+def _last_checkpoint(store: Store) -> Iterator[Path | None]:
+    """Have the checkpoint to go on from in a local folder."""
+    last = store.last()
+    if last is None:
+        yield None
+        return
+    with store.open(last.name) as directory:
+        yield directory

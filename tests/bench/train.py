@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ray.train.torch import TorchTrainer
 from gdl_ray.data import load
 from gdl_ray.families import preset
 from gdl_ray.train.loop import Budget, Plan
-from gdl_ray.train.worker import Task, work
+from gdl_ray.train.store import Store
+from gdl_ray.train.worker import RUN_FILE, Task, work
 
 ROUNDS = 5
 BARE = """
@@ -58,7 +60,11 @@ def under_ray(root: Path, steps: int) -> float:
     """Train under Ray Train; returns examples/s."""
     chosen = preset("vae", "digits")
     plan = Plan(optimization=chosen.optimization, budget=Budget(steps=steps))
-    task = Task(family="vae", model=chosen.model, data="digits", data_root=root, plan=plan)
+    storage = f"{root}/runs/{steps}-{time.time_ns()}"
+    Store(storage).write_json(RUN_FILE, {})
+    task = Task(
+        family="vae", model=chosen.model, data="digits", data_root=root, plan=plan, storage=storage, keep=1
+    )
     actor: Any = ray.remote(num_cpus=0)(Rates)
     rates = actor.remote()
     TorchTrainer(

@@ -107,7 +107,8 @@ def test_the_weights_are_a_function_of_the_seed(key: str) -> None:
 
 def test_a_saved_model_is_the_same_model(key: str, tmp_path: Path) -> None:
     model = model_of(key, SPECS["colour"]).eval()
-    checkpoint.save(tmp_path / "saved", model, b"png", {}, {})
+    contents = checkpoint.Contents(description=checkpoint.describe(model), weights=model.state_dict())
+    checkpoint.save(tmp_path / "saved", contents)
     loaded = checkpoint.load_family(tmp_path / "saved")
     assert loaded.spec == model.spec
     assert loaded.config == model.config
@@ -169,7 +170,9 @@ def test_resumed_equals_never_interrupted(key: str, digits: Dataset, tmp_path: P
 
     whole, resumed = training(), training(seed=1)
     advance(whole, range(2))
-    whole._write(whole._gather_carried(), tmp_path)
+    saved = whole.snapshot(None, evaluated=True)
+    assert saved
+    saved.write(tmp_path)
     resumed.restore(tmp_path)
     for run in (whole, resumed):
         advance(run, range(2, 4))

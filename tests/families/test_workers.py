@@ -30,7 +30,7 @@ def advance_all(root: Path, world: World) -> None:
             share = {"rank": world.rank, "world": world.size}
             training.advance(training_batch(digits.splits["train"], seed=0, step=step, batch_size=8, **share))
         tensors = dict(training.family.named_parameters()) | {
-            f"carried/{name}": rows for name, rows in training._gather_carried().items()
+            f"carried/{name}": world.gather(rows, 8) for name, rows in training.family.carried.items()
         }
         held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(held, root / f"{key}-{world.size}-{world.rank}.safetensors")
@@ -41,17 +41,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("workers")
     torch.set_num_threads(1)
     advance_all(root, World())
-    in_workers(2, root, partial(advance_all, root))
+    in_workers(3, root, partial(advance_all, root))  # shares of 2, 3 and 3 examples
     return root
 
 
 @pytest.mark.parametrize("key", FAMILIES)
 def test_workers_agree_with_each_other_and_with_one_alone(key: str, trained: Path) -> None:
-    alone, first, second = (
-        load_file(trained / f"{key}-{name}.safetensors") for name in ("1-0", "2-0", "2-1")
+    alone, first, second, third = (
+        load_file(trained / f"{key}-{name}.safetensors") for name in ("1-0", "3-0", "3-1", "3-2")
     )
     for name, tensor in alone.items():
         assert torch.equal(first[name], second[name]), name
+        assert torch.equal(first[name], third[name]), name
         # Adam's first steps magnify what rounding leaves of a gradient near zero.
         difference = (first[name] - tensor).norm() / tensor.norm().clamp(min=1e-3)
         assert difference < 1e-2, name

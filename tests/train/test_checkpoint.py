@@ -10,7 +10,7 @@ import torch
 from gdl_ray.families import build, preset
 from gdl_ray.family import DataSpec
 from gdl_ray.train import checkpoint
-from gdl_ray.train.checkpoint import DamagedCheckpointError
+from gdl_ray.train.checkpoint import Contents, DamagedCheckpointError
 
 SPEC = DataSpec(name="toy", kind="image", shape=(1, 8, 8), levels=17, classes=10)
 
@@ -19,17 +19,28 @@ SPEC = DataSpec(name="toy", kind="image", shape=(1, 8, 8), levels=17, classes=10
 def saved(tmp_path: Path) -> Path:
     model = build("vae", preset("vae", "digits").model, SPEC)
     tensors = {"weights/a": torch.randn(3, 4).t(), "optimizer/main/0/step": torch.tensor(7.0)}
-    checkpoint.save(tmp_path / "step-1", model, b"picture", tensors, {"step": 1, "best": None})
+    contents = Contents(
+        description=checkpoint.describe(model),
+        weights=model.state_dict(),
+        samples_png=b"picture",
+        tensors=tensors,
+        counters={"step": 1, "best": None},
+        history=[(1, {"train/loss": 2.5})],
+    )
+    checkpoint.save(tmp_path / "step-1", contents)
     return tmp_path / "step-1"
 
 
-def test_resume_gives_back_every_tensor_and_counter(saved: Path) -> None:
-    average, tensors, counters = checkpoint.load_resume(saved)
+def test_all_contents_are_given_back(saved: Path) -> None:
+    contents = checkpoint.load(saved)
     model = build("vae", preset("vae", "digits").model, SPEC)
-    assert all(torch.equal(average[name], value) for name, value in model.state_dict().items())
-    assert tensors["weights/a"].shape == (4, 3)
-    assert tensors["optimizer/main/0/step"] == 7
-    assert counters == {"step": 1, "best": None}
+    assert contents.description == checkpoint.describe(model)
+    assert all(torch.equal(contents.weights[name], value) for name, value in model.state_dict().items())
+    assert contents.tensors["weights/a"].shape == (4, 3)
+    assert contents.tensors["optimizer/main/0/step"] == 7
+    assert contents.counters == {"step": 1, "best": None}
+    assert contents.history == [(1, {"train/loss": 2.5})]
+    assert contents.samples_png == b"picture"
 
 
 def test_no_file_holds_code(saved: Path) -> None:
@@ -57,7 +68,7 @@ def test_damage_is_refused_by_name(saved: Path, file: str, damage: Callable[[Pat
     checkpoint.verify(saved)
     damage(saved / file)
     with pytest.raises(DamagedCheckpointError, match=f"{saved}.*{file}"):
-        checkpoint.load_resume(saved)
+        checkpoint.load(saved)
     if file in checkpoint.MODEL_FILES:
         with pytest.raises(DamagedCheckpointError, match=file):
             checkpoint.load_family(saved)

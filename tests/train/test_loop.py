@@ -28,8 +28,9 @@ from gdl_ray.family import Batch, DataSpec, Density, Family, Losses, Optimizatio
 from gdl_ray.random import normal
 from gdl_ray.train import loop, parallel
 from gdl_ray.train.local import LocalRun
-from gdl_ray.train.loop import SCORE, Budget, DivergenceError, Plan, Report, Training, learning_rate, train
+from gdl_ray.train.loop import Budget, DivergenceError, Plan, Report, Training, learning_rate, train
 from gdl_ray.train.parallel import World
+from gdl_ray.train.validation import SCORE
 
 ROOT = Path(__file__).parents[2]
 SMALL = VAEConfig(width=4, hidden=32, latent=4)
@@ -50,8 +51,10 @@ class Record:
 
     def __call__(self, report: Report) -> None:
         self.reports.append(report)
-        if report.write and self.folder:
-            report.write(self.folder / f"step-{report.step}")
+        if report.snapshot:
+            if self.folder:
+                report.snapshot.write(self.folder / f"step-{report.step}")
+            report.snapshot.release()
 
     def saved(self, step: int) -> Path:
         assert self.folder
@@ -59,7 +62,7 @@ class Record:
 
 
 def same_state(first: Path, second: Path) -> bool:
-    """Compare all that training goes on from, bit by bit; the clock is no part of it."""
+    """Compare all that training goes on from, bit by bit; what the clock says is no part of it."""
     for file in ("model.safetensors", "resume/tensors.safetensors"):
         if (first / file).read_bytes() != (second / file).read_bytes():
             return False
@@ -71,11 +74,11 @@ def test_reports_are_regular_and_complete(digits: Dataset, tmp_path: Path) -> No
     record = Record(tmp_path)
     train(build("vae", SMALL, digits.spec), digits, PLAN, record)
     assert [report.step for report in record.reports] == [10, 20, 30, 40, 50, 60]
-    assert [report.step for report in record.reports if report.write] == [20, 40, 60]
+    assert [report.step for report in record.reports if report.snapshot] == [20, 40, 60]
     losses = [report.metrics["train/loss"] for report in record.reports]
     assert losses[-1] < losses[0]
     assert record.reports[-1].metrics["progress"] == 1
-    assert all((SCORE in report.metrics) == (report.write is not None) for report in record.reports)
+    assert all((SCORE in report.metrics) == (report.snapshot is not None) for report in record.reports)
 
 
 def test_resumed_is_the_same_as_never_interrupted(digits: Dataset, tmp_path: Path) -> None:
@@ -174,6 +177,82 @@ def test_two_workers_train_what_one_does(tmp_path: Path) -> None:
             assert difference < 1e-5, name
 
 
+def test_interrupted_at_any_step_is_the_same_as_never_interrupted(digits: Dataset, tmp_path: Path) -> None:
+    """A checkpoint between two reports keeps what the next report has gathered so far."""
+    whole, first, second = (Record(tmp_path / name) for name in ("whole", "first", "second"))
+    train(build("vae", SMALL, digits.spec), digits, PLAN, whole)
+    notices = iter([False] * 26 + [True])
+    family = build("vae", SMALL, digits.spec)
+    assert not train(family, digits, PLAN, first, interrupted=lambda: next(notices))
+    assert [report.step for report in first.reports] == [10, 20, 27]
+    assert first.reports[-1].metrics == {}
+    assert train(build("vae", SMALL, digits.spec, seed=9), digits, PLAN, second, resume=first.saved(27))
+    assert [report.step for report in second.reports] == [30, 40, 50, 60]
+    told = [report for report in [*first.reports, *second.reports] if report.metrics]
+    for before, after in zip(whole.reports, told, strict=True):
+        for name in before.metrics.keys() - {"seconds", "examples_per_s"}:
+            assert before.metrics[name] == after.metrics[name], name
+    assert same_state(whole.saved(60), second.saved(60))
+
+
+def test_a_checkpoint_holds_all_past_reports(digits: Dataset, tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    train(build("vae", SMALL, digits.spec), digits, PLAN, record)
+    history = json.loads((record.saved(60) / "resume/history.json").read_text())
+    assert history == [[report.step, report.metrics] for report in record.reports]
+
+
+def test_a_snapshot_does_not_change_while_training_goes_on(digits: Dataset, tmp_path: Path) -> None:
+    training = Training(build("vae", SMALL, digits.spec), PLAN, World())
+    batches = [training_batch(digits.splits["train"], seed=0, step=s, batch_size=32) for s in range(3)]
+    training.advance(batches[0])
+    early = training.snapshot(None, evaluated=False)
+    assert early
+    early.write(tmp_path / "before")
+    training.advance(batches[1])
+    early.write(tmp_path / "after")
+    assert same_state(tmp_path / "before", tmp_path / "after")
+    early.release()
+    late = training.snapshot(None, evaluated=False)  # in the same memory
+    assert late
+    late.write(tmp_path / "late")
+    assert not same_state(tmp_path / "before", tmp_path / "late")
+
+
+def train_elastically(root: Path, stage: int, world: World) -> None:
+    """Train a third of the plan, going on from what another number of workers did before."""
+    digits = load("digits", root / "data")
+    record = Record(root / f"stage-{stage}" if world.rank == 0 else None)
+    notices = iter(range(1, 10**6))
+    before = root / f"stage-{stage - 1}" / f"step-{20 * stage}"
+    train(
+        build("vae", SMALL, digits.spec),
+        digits,
+        PLAN,
+        record,
+        resume=before if stage else None,
+        world=world,
+        interrupted=lambda: next(notices) >= 20 and stage < 2,
+    )
+
+
+@pytest.mark.slow
+def test_a_change_of_workers_does_not_change_the_curve(tmp_path: Path) -> None:
+    digits = load("digits", tmp_path / "data")
+    whole = Record(tmp_path / "whole")
+    train(build("vae", SMALL, digits.spec), digits, PLAN, whole)
+    for stage, workers in enumerate([1, 3, 2]):
+        if workers == 1:
+            train_elastically(tmp_path, stage, World())
+        else:
+            in_workers(workers, tmp_path, partial(train_elastically, tmp_path, stage))
+    history = json.loads((tmp_path / "stage-2/step-60/resume/history.json").read_text())
+    assert [step for step, _ in history] == [report.step for report in whole.reports]
+    for before, (_, after) in zip(whole.reports, history, strict=True):
+        for name in ("train/loss", "train/gradient_norm"):
+            assert after[name] == pytest.approx(before.metrics[name], rel=1e-4)
+
+
 class Duel(Family):
     """Two phases over parameters of their own, one with a gradient of a gradient, as in a GAN."""
 
@@ -234,25 +313,25 @@ def carry(root: Path, world: World) -> None:
     training = Training(Chain(digits.spec), PLAN, world)
     for step in range(6):
         if step == 3:
-            gathered = training._gather_carried()
+            gathered = world.gather(training.family.carried["height"], 32)
             training = Training(Chain(digits.spec), PLAN, world)
-            training.family.carried = {name: world.share(rows) for name, rows in gathered.items()}
+            training.family.carried = {"height": world.share(gathered)}
         share = {"rank": world.rank, "world": world.size}
         training.advance(training_batch(digits.splits["train"], seed=0, step=step, batch_size=32, **share))
-    save_file(training._gather_carried(), root / f"carried-{world.size}-{world.rank}.safetensors")
+    height = world.gather(training.family.carried["height"], 32)
+    save_file({"height": height}, root / f"carried-{world.size}-{world.rank}.safetensors")
 
 
 @pytest.mark.slow
 def test_what_is_carried_does_not_depend_on_workers_or_restarts(tmp_path: Path) -> None:
     carry(tmp_path, World())
-    in_workers(2, tmp_path, partial(carry, tmp_path))
-    alone, first, second = (
-        load_file(tmp_path / f"carried-{name}.safetensors")["height"] for name in ("1-0", "2-0", "2-1")
-    )
+    in_workers(3, tmp_path, partial(carry, tmp_path))  # shares of 10, 11 and 11 examples
+    names = ("1-0", "3-0", "3-1", "3-2")
+    everywhere = [load_file(tmp_path / f"carried-{name}.safetensors")["height"] for name in names]
     digits = load("digits", tmp_path / "data")
     batches = [training_batch(digits.splits["train"], seed=0, step=s, batch_size=32) for s in range(6)]
     expected = torch.stack([batch.x[:, 0, 4, 4].float() for batch in batches]).sum(0)
-    for carried in (alone, first, second):
+    for carried in everywhere:
         assert torch.equal(carried, expected)
 
 
@@ -285,8 +364,9 @@ class Cliff(Family):
 
 def test_a_gradient_that_is_not_finite_stops_training(digits: Dataset) -> None:
     training = Training(Cliff(digits.spec), PLAN, World())
-    training.advance(training_batch(digits.splits["train"], seed=0, step=0, batch_size=32))
-    with pytest.raises(DivergenceError, match="train/gradient_norm is nan"):
+    for step in range(3):
+        training.advance(training_batch(digits.splits["train"], seed=0, step=step, batch_size=32))
+    with pytest.raises(DivergenceError, match="train/gradient_norm is nan at step 1: "):
         training.read_metrics()
 
 
@@ -323,16 +403,16 @@ def test_each_phase_is_averaged_over_the_workers(tmp_path: Path) -> None:
         torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-6)
 
 
-def test_workers_must_divide_the_batch(digits: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size=32 is not a multiple of the 3 workers"):
-        train(build("vae", SMALL, digits.spec), digits, PLAN, Record(tmp_path), world=World(0, 3))
+def test_every_worker_needs_an_example(digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size=32 has no example for some of the 33 workers"):
+        train(build("vae", SMALL, digits.spec), digits, PLAN, Record(tmp_path), world=World(0, 33))
 
 
 def test_divergence_stops_before_anything_is_saved(digits: Dataset, tmp_path: Path) -> None:
     record = Record(tmp_path)
     wild = replace(PLAN, optimization=replace(PLAN.optimization, learning_rate=1e6))
     with pytest.raises(
-        DivergenceError, match=r"train/\w+ is \w+ within steps 1 to 10.*--optimization.learning-rate"
+        DivergenceError, match=r"train/\w+ is \w+ at step [2-5]: .*--optimization.learning-rate"
     ):
         train(build("vae", SMALL, digits.spec), digits, wild, record)
     assert record.reports == []
@@ -372,7 +452,7 @@ def test_a_budget_of_seconds_counts_steps_alone(digits: Dataset, tmp_path: Path)
     spent = record.reports[-1].metrics["seconds"]
     assert 0.6 <= spent < 1.5
     assert len(record.reports) > 1
-    assert record.reports[-1].write
+    assert record.reports[-1].snapshot
 
 
 def test_a_budget_is_measured_by_the_clock_it_is_given(digits: Dataset, tmp_path: Path) -> None:

@@ -1,0 +1,243 @@
+"""Runs in MLflow: an experiment per dataset, a run per training job, whose metrics outlive failures."""
+
+import io
+import json
+import logging
+import math
+import os
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from functools import partial
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+# MLflow's own retries last minutes; who calls here knows better how long to wait.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+# The job says itself, in a line, where the run and the model are.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset as LoggedDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException, RestException
+from PIL import Image
+from requests import RequestException
+
+from gdl_ray.data import Dataset
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+
+SAMPLES = "samples"
+"""Key under which every run logs its sample grids."""
+
+# MLflow 3 shows runs and their curves first, rather than traces of language models.
+_TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}
+PATIENCE_S = 600.0  # how long the end of a run waits for a server that does not answer
+
+
+class RegistryUnavailable(Exception):  # noqa: N818  (a state of the world, as QueueFull)
+    """The MLflow server does not answer."""
+
+
+def tracking_uri() -> str:
+    """Read where MLflow is from MLFLOW_TRACKING_URI.
+
+    Raises:
+        RegistryUnavailable: if it is not set.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise RegistryUnavailable(
+            "MLFLOW_TRACKING_URI is not set; `python -m infra up` starts a server and sets it for jobs"
+        )
+    return uri
+
+
+def check() -> None:
+    """Ask whether the MLflow server answers.
+
+    Raises:
+        RegistryUnavailable: if not within five seconds.
+    """
+    uri = tracking_uri()
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):  # noqa: S310  (the user's own address)
+            pass
+    except (OSError, ValueError) as error:
+        raise RegistryUnavailable(
+            f"no MLflow server answers at MLFLOW_TRACKING_URI={uri} ({error}); "
+            f"start it, or correct the address"
+        ) from error
+
+
+def start_run(
+    name: str, dataset: Dataset, params: Mapping[str, str], tags: Mapping[str, str]
+) -> tuple[str, str]:
+    """Start a run in the experiment of its dataset; returns its id, and the address of its page."""
+    client = MlflowClient(tracking_uri())
+    experiment = _experiment(client, dataset.spec.name)
+    run_id: str = client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
+    client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+    client.log_inputs(run_id, [_describe_data(dataset)])
+    return run_id, _page(experiment, run_id)
+
+
+def resume_run(run_id: str) -> str | None:
+    """Open a run again; returns the address of its page, or None if the server has no such run."""
+    client = MlflowClient(tracking_uri())
+    try:
+        experiment = client.get_run(run_id).info.experiment_id
+        client.update_run(run_id, "RUNNING")
+    except RestException as error:
+        if error.get_http_status_code() == 404:  # type: ignore[no-untyped-call]
+            return None
+        raise
+    return _page(experiment, run_id)
+
+
+def _page(experiment: str, run_id: str) -> str:
+    return f"{tracking_uri()}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    """Find or make an experiment; returns its id."""
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name, tags=_TRAINING_PAGE))
+    except RestException:  # another job was faster
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def _describe_data(dataset: Dataset) -> DatasetInput:
+    logged = LoggedDataset(
+        name=dataset.spec.name,
+        digest=dataset.digest[:16],
+        source_type="gdl_ray",
+        source=json.dumps({"name": dataset.spec.name, "sha256": dataset.digest}),
+        profile=json.dumps({name: len(split) for name, split in dataset.splits.items()}),
+    )
+    return DatasetInput(logged, [InputTag(key="mlflow.data.context", value="training")])
+
+
+class Run:
+    """The log of a run, delivered in order by a thread of its own: whoever logs does not wait.
+
+    While the server is away, reports wait. A metric of a step that the server has is not written again: what
+    a restarted worker or driver repeats is dropped.
+
+    Args:
+        uri: address of the MLflow server.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._client = MlflowClient(uri)
+        self._id = ""
+        self._known: dict[str, set[int]] = {}  # steps that the server has, by metric
+        self._last_step = 0
+        self._lost = 0
+        self._reports: Queue[Callable[[], None]] = Queue()
+
+    def open(self, run_id: str) -> None:
+        """Begin to deliver, to a run that was started."""
+        self._id = run_id
+        self._reports.put(self._ask_what_is_known)
+        Thread(target=self._deliver, name="metrics", daemon=True).start()
+
+    def log(self, step: int, metrics: Mapping[str, float], samples_png: bytes | None = None) -> None:
+        """Log the metrics, and perhaps a sample grid, of one step."""
+        now_ms = int(time.time() * 1000)
+        self._reports.put(partial(self._write, step, now_ms, metrics, samples_png))
+
+    def log_final(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics of the finished model, at the last step that was logged."""
+        now_ms = int(time.time() * 1000)
+        self._reports.put(lambda: self._write(self._last_step, now_ms, metrics))
+
+    def finish(self, status: str = "FINISHED", limit_s: float = PATIENCE_S) -> int:
+        """End the run when all is delivered; returns how many reports could not be.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+            limit_s: how long to wait for a server that is away.
+        """
+        with self._reports.all_tasks_done:
+            waiting = self._reports.all_tasks_done.wait_for
+            waiting(lambda: not self._reports.unfinished_tasks, timeout=limit_s)
+        persist(partial(self._client.set_terminated, self._id, status), limit_s)
+        return self._lost + self._reports.unfinished_tasks
+
+    def _deliver(self) -> None:
+        while True:
+            write = self._reports.get()
+            try:
+                write()
+            except (MlflowException, RequestException):
+                logging.getLogger(__name__).exception("a report could not be logged")
+                self._lost += 1
+            self._reports.task_done()
+
+    def _ask_what_is_known(self) -> None:
+        run = persist(partial(self._client.get_run, self._id))
+        for name in run.data.metrics:
+            history = persist(partial(self._client.get_metric_history, self._id, name))
+            self._known[name] = {each.step for each in history}
+        self._last_step = max((step for steps in self._known.values() for step in steps), default=0)
+
+    def _write(
+        self, step: int, now_ms: int, metrics: Mapping[str, float], samples_png: bytes | None = None
+    ) -> None:
+        """Write what is not known of a step. The picture goes first: the metrics tell that it is there."""
+        new = {name: value for name, value in metrics.items() if step not in self._known.get(name, ())}
+        self._last_step = max(step, self._last_step)
+        if not new:
+            return
+        if samples_png:
+            picture = Image.open(io.BytesIO(samples_png))
+            log = partial(self._client.log_image, self._id, picture, key=SAMPLES, step=step)
+            persist(partial(log, synchronous=True))
+        # The same batch sent twice, because an answer was lost, is one: MLflow goes by time, step and value.
+        batch = [Metric(name, value, now_ms, step) for name, value in new.items()]
+        persist(partial(self._client.log_batch, self._id, metrics=batch))
+        for name in new:
+            self._known.setdefault(name, set()).add(step)
+
+
+def persist(call: Callable[[], Any], limit_s: float = math.inf) -> Any:
+    """Repeat a call until the server answers, for so long; a refusal is raised at once."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            return call()
+        except (MlflowException, RequestException, RegistryUnavailable) as error:
+            if _is_refusal(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the server answered that it will not do it, rather than that it cannot now."""
+    if not isinstance(error, RestException):
+        return False
+    status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
+    return 400 <= status < 500 and status != 429
+
+
+def ask(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Make one call.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    try:
+        return call(*args, **kwargs)
+    except MlflowException as error:
+        if _is_refusal(error):
+            raise
+        raise RegistryUnavailable(f"no MLflow server answers at {tracking_uri()}: {error}") from error

@@ -1,0 +1,187 @@
+"""Where the checkpoints of a run are kept: a folder of this machine, or of a bucket by an address like s3://...
+
+    run.json                    what was asked for, and the id of the MLflow run
+    step-00000250-3f9a1c/       a checkpoint; one without a manifest is half written, and passed over
+
+What is in the store is all that a run needs to go on: on other workers, by another driver, after a power cut.
+"""
+
+import json
+import math
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs  # type: ignore[import-untyped]
+
+from gdl_ray.train.checkpoint import MANIFEST, DamagedCheckpointError, verify
+from gdl_ray.train.snapshot import Snapshot
+
+_COUNTERS = "resume/counters.json"
+_CHUNK_BYTES = 2**24
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Saved:
+    """A checkpoint in the store; they are ordered by time."""
+
+    step: int
+    name: str
+    evaluated: bool
+    """Whether it was validated and sampled, as all are but those saved in haste before an interruption."""
+    score: float
+    """Validation score, lower is better; infinite where there is none."""
+
+
+class Store:
+    """The checkpoints of one run.
+
+    Args:
+        address: a folder, or an address that pyarrow knows: s3://bucket/folder, with
+            ?endpoint_override=HOST:PORT&scheme=http for servers other than Amazon's, gs://bucket/folder.
+
+    Raises:
+        ValueError: if the address is not understood.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        try:
+            self._fs, self._root = fs.FileSystem.from_uri(address)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--storage {address}: {error}") from error
+        self._is_local = isinstance(self._fs, fs.LocalFileSystem)
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file; None if it is not there."""
+        if self._fs.get_file_info(self._path(name)).type == fs.FileType.NotFound:
+            return None
+        with self._fs.open_input_stream(self._path(name)) as stream:
+            return json.loads(stream.read())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file."""
+        if self._is_local:
+            Path(self._root).mkdir(parents=True, exist_ok=True)
+        with self._fs.open_output_stream(self._path(name)) as stream:
+            stream.write(json.dumps(value, indent=2).encode())
+
+    def saved(self) -> list[Saved]:
+        """List the checkpoints that were written to their end, in the order of time."""
+        names = [name for name in self._folders() if self._exists(f"{name}/{MANIFEST}")]
+        return sorted(found for name in names if (found := self._describe(name)))
+
+    def last(self) -> Saved | None:
+        """Find the checkpoint to go on from: the last one whose every file is whole; says which are not."""
+        for name in sorted(self._folders(), reverse=True):
+            try:
+                with self.open(name):
+                    return self._describe(name)
+            except DamagedCheckpointError as error:
+                print(f"{error}; trying the one before", file=sys.stderr, flush=True)
+        return None
+
+    def best(self) -> Saved | None:
+        """Find the checkpoint to register: the best by validation, or the last where there is no score."""
+        return _best(self.saved())
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        """Have a checkpoint in a local folder meanwhile.
+
+        Raises:
+            DamagedCheckpointError: if it is incomplete or altered.
+        """
+        with self._local(name) as folder:
+            verify(folder)
+            yield folder
+
+    def save(self, snapshot: Snapshot, keep: int) -> Saved:
+        """Keep a checkpoint, with the last `keep - 1` before it and the best; delete the rest.
+
+        Raises:
+            OSError: if it cannot be written; nothing is deleted then.
+        """
+        # A step that is repeated after a failure is another folder: the first may be half written.
+        name = f"step-{snapshot.step:08d}-{secrets.token_hex(3)}"
+        try:
+            self._write(name, snapshot)
+        except BaseException:
+            self._delete(name)
+            raise
+        self._prune(keep)
+        found = self._describe(name)
+        if found is None:
+            raise OSError(f"{self._path(name)} vanished while it was saved")
+        return found
+
+    def _write(self, name: str, snapshot: Snapshot) -> None:
+        if self._is_local:
+            snapshot.write(Path(self._path(name)))
+            return
+        with tempfile.TemporaryDirectory(prefix="gdl-ray-") as scratch:
+            folder = Path(scratch) / name
+            snapshot.write(folder)
+            files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+            for path in [*files, folder / MANIFEST]:
+                self._upload(path, f"{name}/{path.relative_to(folder).as_posix()}")
+
+    def _upload(self, source: Path, name: str) -> None:
+        with source.open("rb") as file, self._fs.open_output_stream(self._path(name)) as stream:
+            shutil.copyfileobj(file, stream, _CHUNK_BYTES)
+
+    @contextmanager
+    def _local(self, name: str) -> Iterator[Path]:
+        if self._is_local:
+            yield Path(self._path(name))
+            return
+        with tempfile.TemporaryDirectory(prefix="gdl-ray-") as scratch:
+            folder = Path(scratch) / name
+            folder.mkdir()
+            fs.copy_files(self._path(name), str(folder), self._fs, fs.LocalFileSystem())
+            yield folder
+
+    def _prune(self, keep: int) -> None:
+        saved = self.saved()
+        kept = {each.name for each in [*saved[-keep:], _best(saved)] if each}
+        for name in self._folders():
+            if name not in kept:
+                self._delete(name)
+
+    def _folders(self) -> list[str]:
+        found = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
+        return [info.base_name for info in found if info.base_name.startswith("step-")]
+
+    def _describe(self, name: str) -> Saved | None:
+        """Read what a checkpoint says of itself; None if it cannot be read."""
+        try:
+            counters = self.read_json(f"{name}/{_COUNTERS}")
+            score = math.inf if counters["score"] is None else float(counters["score"])
+            return Saved(int(counters["step"]), name, bool(counters["evaluated"]), score)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def _exists(self, name: str) -> bool:
+        return bool(self._fs.get_file_info(self._path(name)).type == fs.FileType.File)
+
+    def _delete(self, name: str) -> None:
+        """Delete a folder as far as that can be done now; what remains is swept with the next save."""
+        try:
+            self._fs.delete_dir(self._path(name))
+        except OSError:
+            return
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+def _best(saved: list[Saved]) -> Saved | None:
+    """Choose the best; of equals, the last."""
+    evaluated = [each for each in saved if each.evaluated]
+    return min(reversed(evaluated), key=lambda each: each.score) if evaluated else None

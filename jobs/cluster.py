@@ -1,0 +1,67 @@
+"""The Ray cluster that a job runs on: whether it can hold the workers, and waiting until it can."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from jobs.options import Options, UsageError
+
+_LOOK_S = 1.0
+_TELL_S = 10.0
+
+
+class TimeoutExpired(Exception):  # noqa: N818  (as subprocess.TimeoutExpired)
+    """The workers' resources were not free in time."""
+
+
+def connect(options: Options[Any]) -> None:
+    """Connect to the cluster; refuse what it can never hold, unless the user is ready to wait for more nodes.
+
+    Raises:
+        UsageError: if there is no cluster, or it is too small.
+    """
+    try:
+        ray.init(logging_level=logging.WARNING, namespace="gdl_ray")
+    except ConnectionError as error:
+        raise UsageError(f"no Ray cluster answers at RAY_ADDRESS ({error}); `python -m infra up`") from error
+    if options.timeout_s is not None:
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    for resource, each in options.resources.items():
+        room = sum(int(node.get(resource, 0) // each) for node in nodes)
+        if room < options.workers_range[0]:
+            raise UsageError(
+                f"--workers {options.workers} need {each} {resource} each, and the cluster has room for "
+                f"{room} such workers: ask for fewer or smaller ones, or wait for more nodes by --timeout"
+            )
+
+
+def wait_for_room(options: Options[Any]) -> None:
+    """Wait until the least number of workers has room, and say every ten seconds what is missing.
+
+    Raises:
+        TimeoutExpired: if `--timeout` is over before.
+    """
+    begin = told = time.monotonic()
+    while missing := _missing(options, ray.available_resources()):  # type: ignore[no-untyped-call]
+        now = time.monotonic()
+        waited_s = now - begin
+        if options.timeout_s is not None and waited_s > options.timeout_s:
+            raise TimeoutExpired(f"{missing} after --timeout {options.timeout}")
+        if now - told >= _TELL_S or begin == told:
+            limit = f" (until --timeout {options.timeout})" if options.timeout else ""
+            print(f"jobs.train: waiting: {missing}{limit}", flush=True)
+            told = now
+        time.sleep(_LOOK_S)
+
+
+def _missing(options: Options[Any], free: Mapping[str, float]) -> str:
+    """Say which resource is short; nothing if none is."""
+    least = options.workers_range[0]
+    for resource, each in options.resources.items():
+        if free.get(resource, 0) < least * each:
+            return f"{least} workers need {least * each} {resource}, {free.get(resource, 0):g} are free"
+    return ""

@@ -1,0 +1,38 @@
+"""Waiting for room on a cluster, on one that says how much is free."""
+
+import pytest
+import ray
+
+from jobs import cluster
+from jobs.cluster import TimeoutExpired, wait_for_room
+from jobs.options import parse
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """What the cluster has free at each look; the last is what it has from then on."""
+    answers: list[dict[str, float]] = []
+    monkeypatch.setattr(
+        ray, "available_resources", lambda: answers.pop(0) if len(answers) > 1 else answers[0]
+    )
+    monkeypatch.setattr(cluster, "_LOOK_S", 0.01)
+    return answers
+
+
+def test_room_is_waited_for_and_named(
+    free: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    free += [{"CPU": 1.0}, {"CPU": 2.0}, {"CPU": 4.0}]
+    wait_for_room(parse(["vae", "--workers", "3"]))
+    assert capsys.readouterr().out == "jobs.train: waiting: 3 workers need 3 CPU, 1 are free\n"
+
+
+def test_an_elastic_job_starts_with_the_least(free: list[dict[str, float]]) -> None:
+    free += [{"CPU": 1.0}]
+    wait_for_room(parse(["vae", "--workers", "1:4"]))
+
+
+def test_waiting_ends_with_what_is_missing(free: list[dict[str, float]]) -> None:
+    free += [{"CPU": 8.0}]
+    with pytest.raises(TimeoutExpired, match=r"2 workers need 2 GPU, 0 are free after --timeout 0.1s"):
+        wait_for_room(parse(["vae", "--workers", "2", "--gpu", "--timeout", "0.1s"]))

@@ -1,0 +1,154 @@
+"""The checkpoints of a run, in a folder and on a real S3 server: kept, found, and refused when damaged."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdl_ray.families import build, preset
+from gdl_ray.family import DataSpec
+from gdl_ray.train import checkpoint
+from gdl_ray.train.checkpoint import Contents, DamagedCheckpointError
+from gdl_ray.train.snapshot import Snapshot
+from gdl_ray.train.store import Store
+
+SPEC = DataSpec(name="toy", kind="image", shape=(1, 8, 8), levels=17, classes=10)
+MODEL = build("vae", preset("vae", "digits").model, SPEC)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "folder":
+        return Store(str(tmp_path / "run"))
+    address: str = request.getfixturevalue("s3")
+    bucket, _, query = address.partition("?")
+    return Store(f"{bucket}/{tmp_path.name}?{query}")
+
+
+def snapshot(step: int, score: float | None = None, evaluated: bool = True) -> Snapshot:
+    contents = Contents(
+        description=checkpoint.describe(MODEL),
+        weights=MODEL.state_dict(),
+        samples_png=b"picture",
+        tensors={"weights/a": torch.full((3,), float(step))},
+        counters={"step": step, "score": score, "evaluated": evaluated},
+        history=[(step, {"train/loss": 1.0})],
+    )
+    return Snapshot(contents=contents, release=lambda: None)
+
+
+def steps(store: Store) -> list[int]:
+    return [saved.step for saved in store.saved()]
+
+
+def test_what_is_saved_is_given_back(store: Store) -> None:
+    assert store.saved() == []
+    assert store.last() is None
+    assert store.best() is None
+    saved = store.save(snapshot(250, 1.9), keep=1)
+    assert store.last() == store.best() == saved
+    assert (saved.step, saved.score, saved.evaluated) == (250, 1.9, True)
+    with store.open(saved.name) as folder:
+        contents = checkpoint.load(folder)
+    assert torch.equal(contents.tensors["weights/a"], torch.full((3,), 250.0))
+    assert contents.history == [(250, {"train/loss": 1.0})]
+
+
+def test_the_last_ones_and_the_best_are_kept(store: Store) -> None:
+    for step, score in enumerate([2.0, 1.5, 1.7, 1.6, 1.9], start=1):
+        store.save(snapshot(step, score), keep=2)
+    assert steps(store) == [2, 4, 5]
+    best, last = store.best(), store.last()
+    assert best
+    assert last
+    assert (best.step, last.step) == (2, 5)
+
+
+def test_without_a_score_the_last_evaluated_one_is_the_best(store: Store) -> None:
+    store.save(snapshot(1), keep=1)
+    store.save(snapshot(2), keep=1)
+    hasty = store.save(snapshot(3, evaluated=False), keep=1)
+    best = store.best()
+    assert best
+    assert (best.step, best.score) == (2, math.inf)
+    assert store.last() == hasty
+    assert steps(store) == [2, 3]
+
+
+def damage(store: Store, name: str, file: str, change: str) -> None:
+    path = f"{store._root}/{name}/{file}"
+    if change == "lost":
+        store._fs.delete_file(path)
+        return
+    with store._fs.open_input_stream(path) as stream:
+        content = bytearray(stream.read())
+    content[len(content) // 2] ^= 1
+    with store._fs.open_output_stream(path) as stream:
+        stream.write(bytes(content if change == "flipped" else content[: len(content) // 2]))
+
+
+@pytest.mark.parametrize("change", ["torn", "flipped", "lost"])
+@pytest.mark.parametrize("file", ["manifest.json", "model.safetensors", "resume/tensors.safetensors"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    store: Store, file: str, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = store.save(snapshot(1), keep=3)
+    damaged = store.save(snapshot(2), keep=3)
+    damage(store, damaged.name, file, change)
+    assert store.last() == before
+    told = capsys.readouterr().err
+    assert damaged.name in told
+    assert told.endswith("trying the one before\n")
+    with pytest.raises(DamagedCheckpointError, match=damaged.name), store.open(damaged.name):
+        pass
+
+
+def test_half_a_checkpoint_is_swept_with_the_next_save(store: Store) -> None:
+    store.save(snapshot(1), keep=1)
+    half = store.save(snapshot(2), keep=2)
+    damage(store, half.name, "manifest.json", "lost")
+    assert steps(store) == [1]
+    store.save(snapshot(2), keep=2)
+    assert steps(store) == [1, 2]
+    assert half.name not in store._folders()
+
+
+def test_json_files_are_read_back(store: Store) -> None:
+    assert store.read_json("run.json") is None
+    store.write_json("run.json", {"a": 1})
+    assert store.read_json("run.json") == {"a": 1}
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file larger than the limit is what a full disk is to a process."""
+    script = f"""
+import resource, signal, sys
+from tests.train.test_store import snapshot
+from gdl_ray.train.store import Store
+store = Store({str(tmp_path / "run")!r})
+first = store.save(snapshot(1), keep=1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+try:
+    store.save(snapshot(2), keep=1)
+except Exception as error:
+    print(type(error).__name__)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert store.last() == first and store.saved() == [first] and store._folders() == [first.name]
+store.save(snapshot(2), keep=1)
+print(store.last().step)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert done.stdout.split()[0] in {"OSError", "SafetensorError"}
+    assert done.stdout.split()[1] == "2"
+
+
+def test_an_address_that_is_not_understood_is_named() -> None:
+    with pytest.raises(ValueError, match="--storage ftp://nowhere: "):
+        Store("ftp://nowhere")
