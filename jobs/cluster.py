@@ -32,6 +32,10 @@ def connect(options: Options[Any]) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     for resource, each in options.resources.items():
         room = sum(int(node.get(resource, 0) // each) for node in nodes)
+        if options.validate_apart and room == options.workers_range[0]:
+            raise UsageError(
+                f"--validate-apart needs {each} {resource} beside the {room} workers: ask for fewer of them"
+            )
         if room < options.workers_range[0]:
             raise UsageError(
                 f"--workers {options.workers} need {each} {resource} each, and the cluster has room for "

@@ -14,7 +14,7 @@ from gdl_ray.data import DATASETS, Dataset, load
 from gdl_ray.families import FAMILIES
 from gdl_ray.family import Optimization, Preset
 from gdl_ray.home import home
-from gdl_ray.train.loop import Budget, Plan
+from gdl_ray.train.plan import Budget, Plan
 from gdl_ray.train.store import Store
 
 Model = TypeVar("Model")
@@ -72,6 +72,9 @@ class Options(Generic[Model]):
     """Steps between checkpoints, each with a validation and samples."""
     patience: int = 10
     """Validations in a row without a better one, after which training ends."""
+    validate_apart: bool = False
+    """Validate in a task of its own, on one more CPU or GPU, while training goes on; early stopping then
+    heeds each score when the next checkpoint is due."""
     timeout: str = ""
     """Wait so long for the workers' resources, as 60s, 10min or 2h, then give up. Left out, the job waits for
     resources that others use, and refuses what the cluster does not have."""

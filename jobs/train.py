@@ -30,11 +30,12 @@ from gdl_ray.families import FAMILIES
 from gdl_ray.family import Likelihood
 from gdl_ray.home import home
 from gdl_ray.train.checkpoint import git_commit, load_family
-from gdl_ray.train.loop import Plan
 from gdl_ray.train.parallel import World
+from gdl_ray.train.plan import Plan
 from gdl_ray.train.store import Store
+from gdl_ray.train.task import RUN_FILE, Task
 from gdl_ray.train.validation import SCORE, split_nats
-from gdl_ray.train.worker import RUN_FILE, Outcome, Task, work
+from gdl_ray.train.worker import Outcome, work
 from jobs.cluster import TimeoutExpired, connect, wait_for_room
 from jobs.options import Options, UsageError, check, parse
 
@@ -150,7 +151,7 @@ def _train_and_register(
     best = held.store.best()
     if best is None:
         raise TrainingError(f"no whole checkpoint is left in {held.store.address}")
-    print(f"jobs.train: the best checkpoint is {held.store.address}/{best.name}", flush=True)
+    print(f"jobs.train: the best checkpoint is {held.store.path(best.name)}", flush=True)
     with held.store.open(best.name) as directory:
         scores = _test_scores(directory, dataset)
         held.log.log_final.remote(scores)
@@ -200,6 +201,8 @@ def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[Outcome, str
         plan=plan,
         storage=held.store.address,
         keep=options.keep,
+        validate_apart=options.validate_apart,
+        gpu=options.gpu,
     )
     least, most = options.workers_range
     scaling: Any = {

@@ -59,8 +59,10 @@ def progress_line(report: Report) -> str:
     values = report.metrics
     if not values:
         return f"step {report.step:>6}  interrupted"
+    shown = [f"{name} {value:.4g}" for name, value in values.items() if name.endswith(_SHOWN)]
+    if "progress" not in values:  # a validation that came after the step
+        return "  ".join([f"step {report.step:>6}", *shown])
     left_s = values["seconds"] * (1 / max(values["progress"], 1e-9) - 1)
-    parts = [f"step {report.step:>6}", f"{min(values['progress'], 1):4.0%}"]
-    parts += [f"{name} {value:.4g}" for name, value in values.items() if name.endswith(_SHOWN)]
+    parts = [f"step {report.step:>6}", f"{min(values['progress'], 1):4.0%}", *shown]
     parts += [f"{values['examples_per_s']:,.0f} examples/s", f"{max(left_s, 0):.0f} s left"]
     return "  ".join(parts)

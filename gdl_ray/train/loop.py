@@ -25,53 +25,11 @@ from gdl_ray.train import checkpoint
 from gdl_ray.train.checkpoint import Contents
 from gdl_ray.train.clock import Clock, Stopwatch
 from gdl_ray.train.parallel import World, distribute, fast_matrix_products, require_grad
+from gdl_ray.train.plan import Plan, learning_rate
 from gdl_ray.train.snapshot import Memory, Snapshot
 from gdl_ray.train.validation import SCORE, sample_grid, split_nats
 
 _AGREE_STEPS = 10  # how often workers agree on the time, and on whether to stop
-_RATE_FLOOR = 0.02  # of the peak learning rate
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
-    """When training ends; exactly one of the two is above 0."""
-
-    steps: int = 0
-    """Optimizer steps."""
-    seconds: float = 0.0
-    """Seconds spent on steps: validation, checkpoints and interruptions do not count."""
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.seconds) < 0 or (self.steps > 0) == (self.seconds > 0):
-            raise ValueError(f"{self}: exactly one of steps and seconds must be above 0")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """One run of the loop."""
-
-    optimization: Optimization
-    budget: Budget
-    seed: int = 0
-    """Decides the order of examples and all noise."""
-    report_every: int = 50
-    """Steps between reports of metrics."""
-    checkpoint_every: int = 250
-    """Steps between checkpoints, each with a validation and samples; a multiple of report_every."""
-    patience: int = 10
-    """Training ends after so many validations in a row without a better one."""
-    validation_examples: int = 1000
-    """Most examples that a validation reads: the first of the split, whose order is random."""
-
-    def __post_init__(self) -> None:
-        for name in ("report_every", "checkpoint_every", "patience", "validation_examples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.checkpoint_every % self.report_every:
-            raise ValueError(
-                f"checkpoint_every={self.checkpoint_every} must be a multiple of "
-                f"report_every={self.report_every}"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +50,13 @@ class Reporter(Protocol):
         """Take a report."""
 
 
+class Judge(Protocol):
+    """Validates checkpoints elsewhere, so that the loop need not; asked on the first worker."""
+
+    def collect(self) -> tuple[int, float]:
+        """Wait for the score of the checkpoint before; returns its step and bits/dim, step 0 for none."""
+
+
 class DivergenceError(Exception):
     """A metric is no longer finite or healthy; raised on all workers at the same step."""
 
@@ -105,6 +70,7 @@ def train(
     world: World | None = None,
     clock: Clock = time.perf_counter,
     interrupted: Callable[[], bool] = lambda: False,
+    judge: Judge | None = None,
 ) -> bool:
     """Train a model until its budget is spent, validation stops improving, or it is interrupted.
 
@@ -117,6 +83,7 @@ def train(
         world: this worker among its peers; alone by default.
         clock: what a budget of seconds is measured with.
         interrupted: asked on the first worker, at least every ten steps, whether to stop with a checkpoint.
+        judge: validates checkpoints, each until the next one is due; the loop does by default.
 
     Returns:
         Whether training has ended; False if it was interrupted, to go on from its last checkpoint.
@@ -148,9 +115,13 @@ def train(
         if training.is_report_due or stop:
             metrics = training.read_metrics() if training.is_report_due else {}  # on the clock: it waits
             with training.clock.stopped():
-                report(training.summarize(metrics, dataset, stop))
+                if judge and training.is_checkpoint_due:
+                    training.heed(judge, report)
+                report(training.summarize(metrics, None if judge else dataset, stop))
         if stop:
             break
+    if judge and training.ended:
+        training.heed(judge, report)
     return training.ended
 
 
@@ -181,6 +152,11 @@ class Training:
     def is_report_due(self) -> bool:
         """Whether metrics are read after this step."""
         return self.ended or self.step % self.plan.report_every == 0
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether a checkpoint is validated, sampled and saved after this step."""
+        return self.ended or self.step % self.plan.checkpoint_every == 0
 
     def advance(self, batch: Batch) -> None:
         """Take one optimizer step per phase, and average the weights."""
@@ -240,14 +216,27 @@ class Training:
         self.ended = self._progress >= 1
         return bool(stop)
 
-    def summarize(self, metrics: dict[str, float], dataset: Dataset, stop: bool = False) -> Report:
-        """Report metrics; validate and offer a checkpoint when one is due, or just that before a stop."""
-        due = self.ended or self.step % self.plan.checkpoint_every == 0
-        if due:
+    def summarize(self, metrics: dict[str, float], dataset: Dataset | None, stop: bool = False) -> Report:
+        """Report metrics; validate, if a dataset is given, and offer a checkpoint when due or before a stop."""
+        due = self.is_checkpoint_due
+        picture = b""
+        if due and isinstance(self.average, Unnormalized):
+            self.average.normalize()
+        if due and dataset:
             metrics |= self._validate(dataset)
+            picture = sample_grid(self.average) if self.world.rank == 0 else b""
         if metrics:
             self.history.append((self.step, metrics))
-        return Report(self.step, metrics, self.snapshot(metrics.get(SCORE), due) if due or stop else None)
+        snapshot = self.snapshot(metrics.get(SCORE), due, picture) if due or stop else None
+        return Report(self.step, metrics, snapshot)
+
+    def heed(self, judge: Judge, report: Reporter) -> None:
+        """Take in how the checkpoint before was judged, and report it."""
+        step, score = self.world.from_first(*(judge.collect() if self.world.rank == 0 else (0, 0)))
+        if step:
+            metrics = self._take_score(score)
+            self.history.append((int(step), metrics))
+            report(Report(int(step), metrics))
 
     def read_metrics(self) -> dict[str, float]:
         """Average the metrics since the last reading, over steps and workers."""
@@ -277,18 +266,19 @@ class Training:
     def _validate(self, dataset: Dataset) -> dict[str, float]:
         if not isinstance(self.average, Likelihood):
             return {}
-        if isinstance(self.average, Unnormalized):
-            self.average.normalize()
         examples = dataset.splits["validation"].first(self.plan.validation_examples)
         nats = split_nats(self.average, examples, self.world)
-        score = -dataset.spec.bits_per_dim(nats.mean)
+        return self._take_score(-dataset.spec.bits_per_dim(nats.mean))
+
+    def _take_score(self, score: float) -> dict[str, float]:
+        """Remember the best score, and end training if there was none for long."""
         self._check_health(SCORE, score)
         self.stale = 0 if score < self.best else self.stale + 1
         self.best = min(score, self.best)
         self.ended = self.ended or self.stale >= self.plan.patience
         return {SCORE: score}
 
-    def snapshot(self, score: float | None, evaluated: bool) -> Snapshot | None:
+    def snapshot(self, score: float | None, evaluated: bool, picture: bytes = b"") -> Snapshot | None:
         """Copy all that a checkpoint holds, on the first worker; the others contribute their share."""
         batch_size = self.plan.optimization.batch_size
         carried = {
@@ -303,7 +293,7 @@ class Training:
         contents = Contents(
             description=checkpoint.describe(self.average),
             weights=_below("average/", copies),
-            samples_png=sample_grid(self.average) if evaluated else b"",
+            samples_png=picture,
             tensors={name: copies[name] for name in tensors},
             counters=self._counters() | {"score": score, "evaluated": evaluated},
             history=list(self.history),
@@ -365,13 +355,6 @@ class Training:
                 f"resume with batch_size={len(rows)}"
             )
         return self.world.share(rows).to(self.world.device)
-
-
-def learning_rate(optimization: Optimization, progress: float) -> float:
-    """Compute the learning rate at a share of the budget in [0, 1]: linear warm-up, then a cosine."""
-    rising = progress / optimization.warmup if optimization.warmup else 1.0
-    falling = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-    return optimization.learning_rate * max(min(rising, falling), _RATE_FLOOR)
 
 
 def _optimizer(family: Family, phase: str, optimization: Optimization) -> torch.optim.AdamW:

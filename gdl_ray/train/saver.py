@@ -46,6 +46,11 @@ class Saver:
                 self._drop_superseded()
             self._changed.notify_all()
 
+    def settle(self) -> None:
+        """Wait until all is saved, or cannot be for now."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or not self._waiting)
+
     def drain(self, limit_s: float = _PATIENCE_S) -> None:
         """Wait until all is saved.
 

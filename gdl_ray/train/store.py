@@ -1,17 +1,18 @@
 """Where the checkpoints of a run are kept: a folder of this machine, or of a bucket by an address like s3://...
 
     run.json                    what was asked for, and the id of the MLflow run
-    step-00000250-3f9a1c/       a checkpoint; one without a manifest is half written, and passed over
+    step-00000250-1938f3a2c41/       a checkpoint; one without a manifest is half written, and passed over
+        score.json              how it was validated, where that was done after it was saved
 
 What is in the store is all that a run needs to go on: on other workers, by another driver, after a power cut.
 """
 
 import json
 import math
-import secrets
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from gdl_ray.train.checkpoint import MANIFEST, DamagedCheckpointError, verify
 from gdl_ray.train.snapshot import Snapshot
 
 _COUNTERS = "resume/counters.json"
+_SCORE_FILE = "score.json"
 _CHUNK_BYTES = 2**24
 
 
@@ -60,16 +62,16 @@ class Store:
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file; None if it is not there."""
-        if self._fs.get_file_info(self._path(name)).type == fs.FileType.NotFound:
+        if self._fs.get_file_info(self.path(name)).type == fs.FileType.NotFound:
             return None
-        with self._fs.open_input_stream(self._path(name)) as stream:
+        with self._fs.open_input_stream(self.path(name)) as stream:
             return json.loads(stream.read())
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file."""
         if self._is_local:
             Path(self._root).mkdir(parents=True, exist_ok=True)
-        with self._fs.open_output_stream(self._path(name)) as stream:
+        with self._fs.open_output_stream(self.path(name)) as stream:
             stream.write(json.dumps(value, indent=2).encode())
 
     def saved(self) -> list[Saved]:
@@ -108,22 +110,26 @@ class Store:
         Raises:
             OSError: if it cannot be written; nothing is deleted then.
         """
-        # A step that is repeated after a failure is another folder: the first may be half written.
-        name = f"step-{snapshot.step:08d}-{secrets.token_hex(3)}"
+        # A step that is repeated after a failure is another, later folder: the first may be half written.
+        name = f"step-{snapshot.step:08d}-{time.time_ns() // 10**6:x}"
         try:
             self._write(name, snapshot)
         except BaseException:
             self._delete(name)
             raise
-        self._prune(keep)
+        self._prune(keep, name)
         found = self._describe(name)
         if found is None:
-            raise OSError(f"{self._path(name)} vanished while it was saved")
+            raise OSError(f"{self.path(name)} vanished while it was saved")
         return found
+
+    def rate(self, saved: Saved, score: float) -> None:
+        """Write down the validation score of a checkpoint that was saved without one."""
+        self.write_json(f"{saved.name}/{_SCORE_FILE}", score)
 
     def _write(self, name: str, snapshot: Snapshot) -> None:
         if self._is_local:
-            snapshot.write(Path(self._path(name)))
+            snapshot.write(Path(self.path(name)))
             return
         with tempfile.TemporaryDirectory(prefix="gdl-ray-") as scratch:
             folder = Path(scratch) / name
@@ -133,23 +139,24 @@ class Store:
                 self._upload(path, f"{name}/{path.relative_to(folder).as_posix()}")
 
     def _upload(self, source: Path, name: str) -> None:
-        with source.open("rb") as file, self._fs.open_output_stream(self._path(name)) as stream:
+        with source.open("rb") as file, self._fs.open_output_stream(self.path(name)) as stream:
             shutil.copyfileobj(file, stream, _CHUNK_BYTES)
 
     @contextmanager
     def _local(self, name: str) -> Iterator[Path]:
         if self._is_local:
-            yield Path(self._path(name))
+            yield Path(self.path(name))
             return
         with tempfile.TemporaryDirectory(prefix="gdl-ray-") as scratch:
             folder = Path(scratch) / name
             folder.mkdir()
-            fs.copy_files(self._path(name), str(folder), self._fs, fs.LocalFileSystem())
+            fs.copy_files(self.path(name), str(folder), self._fs, fs.LocalFileSystem())
             yield folder
 
-    def _prune(self, keep: int) -> None:
+    def _prune(self, keep: int, new: str) -> None:
         saved = self.saved()
-        kept = {each.name for each in [*saved[-keep:], _best(saved)] if each}
+        evaluated = [each for each in saved if each.evaluated]  # the last may be under validation still
+        kept = {new, *(each.name for each in [*saved[-keep:], *evaluated[-1:], _best(saved)] if each)}
         for name in self._folders():
             if name not in kept:
                 self._delete(name)
@@ -162,22 +169,30 @@ class Store:
         """Read what a checkpoint says of itself; None if it cannot be read."""
         try:
             counters = self.read_json(f"{name}/{_COUNTERS}")
-            score = math.inf if counters["score"] is None else float(counters["score"])
-            return Saved(int(counters["step"]), name, bool(counters["evaluated"]), score)
+            score = counters["score"]
+            if score is None:
+                score = self.read_json(f"{name}/{_SCORE_FILE}")
+            return Saved(
+                step=int(counters["step"]),
+                name=name,
+                evaluated=bool(counters["evaluated"]),
+                score=math.inf if score is None else float(score),
+            )
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
     def _exists(self, name: str) -> bool:
-        return bool(self._fs.get_file_info(self._path(name)).type == fs.FileType.File)
+        return bool(self._fs.get_file_info(self.path(name)).type == fs.FileType.File)
 
     def _delete(self, name: str) -> None:
         """Delete a folder as far as that can be done now; what remains is swept with the next save."""
         try:
-            self._fs.delete_dir(self._path(name))
+            self._fs.delete_dir(self.path(name))
         except OSError:
             return
 
-    def _path(self, name: str) -> str:
+    def path(self, name: str) -> str:
+        """Name the place of a file or folder on its file system."""
         return f"{self._root}/{name}"
 
 

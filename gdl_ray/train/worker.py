@@ -21,35 +21,16 @@ import torch
 from gdl_ray.data import load
 from gdl_ray.families import build
 from gdl_ray.train import checkpoint
+from gdl_ray.train.judge import Judge
 from gdl_ray.train.local import progress_line
-from gdl_ray.train.loop import DivergenceError, Plan, Report, train
+from gdl_ray.train.loop import DivergenceError, Report, train
 from gdl_ray.train.parallel import World
 from gdl_ray.train.saver import Saver, StorageError
 from gdl_ray.train.store import Store
-
-RUN_FILE = "run.json"
-"""What the driver writes into the store before any worker starts."""
+from gdl_ray.train.task import RUN_FILE, Task
 
 _PREEMPTION_POLL_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """What the workers of a job train."""
-
-    family: str
-    """A key of FAMILIES."""
-    model: Any
-    """The family's Config."""
-    data: str
-    """A key of DATASETS."""
-    data_root: Path
-    """Folder of prepared datasets, on every node."""
-    plan: Plan
-    storage: str
-    """Address of the run's store."""
-    keep: int
-    """How many of the last checkpoints to keep."""
+_NOT_SHARED = "{} is not to be seen from a worker's node: give --storage a folder that all see, or a bucket"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +56,42 @@ def work(config: Mapping[str, Any]) -> Outcome:
     torch.set_num_threads(_cpus())
     store = Store(task.storage)
     if store.read_json(RUN_FILE) is None:
-        return Outcome(failure=f"{task.storage} is not to be seen from a worker's node: give --storage a "
-                       "folder that all nodes share, or a bucket")  # fmt: skip
-    dataset = load(task.data, task.data_root)
-    family = build(task.family, task.model, dataset.spec, task.plan.seed)
-    reporter = _Reporter(world.rank, config["run"], Saver(lambda snapshot: store.save(snapshot, task.keep)))
-    preempted = _watch_for_preemption()
+        return Outcome(failure=_NOT_SHARED.format(task.storage))
     try:
-        with _last_checkpoint(store) as directory:
-            if directory:
-                reporter.recall(directory)
-            ended = train(
-                family, dataset, task.plan, reporter, directory, world, interrupted=preempted.is_set
-            )
-        reporter.close()
+        return Outcome(ended=_train(task, store, world, config["run"]))
     except DivergenceError as error:
         # Not raised: Ray would restart the workers, to diverge again at the same step.
         last = store.last()
-        return Outcome(
-            failure=f"{error}; the last checkpoint is {f'{task.storage}/{last.name}' if last else 'none'}"
-        )
+        return Outcome(failure=f"{error}; the last checkpoint is {store.path(last.name) if last else 'none'}")
     except StorageError as error:
         return Outcome(failure=f"{error}; when {task.storage} is back, submit the same command again")
-    return Outcome(ended)
+
+
+def _train(task: Task, store: Store, world: World, run: Any) -> bool:
+    """Train from the last checkpoint on; returns whether training has ended."""
+    dataset = load(task.data, task.data_root)
+    family = build(task.family, task.model, dataset.spec, task.plan.seed)
+    judge = Judge(task, store, run) if task.validate_apart else None
+    saver = judge.saver if judge else Saver(lambda snapshot: store.save(snapshot, task.keep))
+    preempted = _watch_for_preemption()
+    reporter = _Reporter(run, saver) if world.rank == 0 else _ignore
+    with _last_checkpoint(store) as directory:
+        if directory and world.rank == 0:
+            _recall(directory, run)
+        if judge and world.rank == 0:
+            judge.resume()
+        ended = train(
+            family,
+            dataset,
+            task.plan,
+            reporter,
+            resume=directory,
+            world=world,
+            interrupted=preempted.is_set,
+            judge=judge,
+        )
+    saver.drain()
+    return ended
 
 
 def _cpus() -> int:
@@ -123,17 +117,14 @@ def _watch_for_preemption() -> threading.Event:
 
 
 class _Reporter:
-    """Prints and logs what the loop reports, on the first worker, and has its checkpoints saved."""
+    """Prints and logs what the loop reports, and has its checkpoints saved."""
 
-    def __init__(self, rank: int, run: Any, saver: Saver) -> None:
-        self._rank = rank
+    def __init__(self, run: Any, saver: Saver) -> None:
         self._run = run
         self._saver = saver
 
     def __call__(self, report: Report) -> None:
         """Take a report."""
-        if self._rank > 0:
-            return
         print(progress_line(report), flush=True)
         picture = report.snapshot.contents.samples_png if report.snapshot else None
         if report.metrics:
@@ -141,20 +132,15 @@ class _Reporter:
         if report.snapshot:
             self._saver.submit(report.snapshot)
 
-    def recall(self, directory: Path) -> None:
-        """Log again what a checkpoint remembers: its first driver may have died before it was delivered."""
-        if self._rank > 0:
-            return
-        for step, metrics in checkpoint.load_history(directory):
-            self._run.log.remote(step, metrics)
 
-    def close(self) -> None:
-        """Wait until all checkpoints are saved.
+def _ignore(report: Report) -> None:
+    """Leave a report to the first worker."""
 
-        Raises:
-            StorageError: if the store is away for too long.
-        """
-        self._saver.drain()
+
+def _recall(directory: Path, run: Any) -> None:
+    """Log again what a checkpoint remembers: its driver may have died before it was delivered."""
+    for step, metrics in checkpoint.load_history(directory):
+        run.log.remote(step, metrics)
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from gdl_ray.home import home
 from gdl_ray.random import fold, uniform
 from gdl_ray.train.checkpoint import load_family
 from gdl_ray.train.local import LocalRun
-from gdl_ray.train.loop import Budget, Plan, train
+from gdl_ray.train.loop import train
+from gdl_ray.train.plan import Budget, Plan
 
 CHAINS = 360
 LONG_MOVES = 1000

@@ -38,7 +38,7 @@ from gdl_ray.random import fold
 from gdl_ray.train import loop
 from gdl_ray.train.checkpoint import load_family
 from gdl_ray.train.local import LocalRun
-from gdl_ray.train.loop import Budget, Plan
+from gdl_ray.train.plan import Budget, Plan
 
 TIGHT_SAMPLES = {"vae": 1000, "flow": 64, "diffusion": 128, "hierarchical": 64}
 MOST_BAYES_SAMPLES = 128  # for each class

@@ -20,9 +20,10 @@ from ray.train.torch import TorchTrainer
 
 from gdl_ray.data import load
 from gdl_ray.families import preset
-from gdl_ray.train.loop import Budget, Plan
+from gdl_ray.train.plan import Budget, Plan
 from gdl_ray.train.store import Store
-from gdl_ray.train.worker import RUN_FILE, Task, work
+from gdl_ray.train.task import RUN_FILE, Task
+from gdl_ray.train.worker import work
 
 ROUNDS = 5
 BARE = """
@@ -31,7 +32,8 @@ from pathlib import Path
 torch.set_num_threads(1)
 from gdl_ray.data import load
 from gdl_ray.families import build, preset
-from gdl_ray.train.loop import Budget, Plan, train
+from gdl_ray.train.loop import train
+from gdl_ray.train.plan import Budget, Plan
 root, steps = Path(sys.argv[1]), int(sys.argv[2])
 digits, chosen = load("digits", root), preset("vae", "digits")
 plan = Plan(optimization=chosen.optimization, budget=Budget(steps=steps))

@@ -30,8 +30,9 @@ from gdl_ray.family import (
 )
 from gdl_ray.random import fold, uniform
 from gdl_ray.train import checkpoint
-from gdl_ray.train.loop import Budget, Plan, Training
+from gdl_ray.train.loop import Training
 from gdl_ray.train.parallel import World, require_grad
+from gdl_ray.train.plan import Budget, Plan
 
 SPECS = {
     "grey": DataSpec(name="grey", kind="image", shape=(1, 8, 8), levels=17, classes=10),

@@ -12,8 +12,9 @@ from gdl_ray.family import UNLABELLED, Batch, DataSpec, Losses, Optimization
 from gdl_ray.nn import logistic
 from gdl_ray.nn.embedding import ClassEmbedding
 from gdl_ray.random import fold, normal, uniform
-from gdl_ray.train.loop import Budget, Plan, Training
+from gdl_ray.train.loop import Training
 from gdl_ray.train.parallel import World, require_grad
+from gdl_ray.train.plan import Budget, Plan
 
 GREY = DataSpec(name="grey", kind="image", shape=(1, 8, 8), levels=17, classes=10)
 SMALL = GANConfig(patch=2, width=8, halvings=2, latent=8, penalty=0.7)

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from gdl_ray.data import load, training_batch
 from gdl_ray.families import FAMILIES, build, preset
-from gdl_ray.train.loop import Budget, Plan, Training
+from gdl_ray.train.loop import Training
 from gdl_ray.train.parallel import World
+from gdl_ray.train.plan import Budget, Plan
 from tests.train.test_loop import in_workers
 
 pytestmark = pytest.mark.slow

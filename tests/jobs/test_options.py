@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gdl_ray.families.vae import VAEConfig
-from gdl_ray.train.loop import Budget
+from gdl_ray.train.plan import Budget
 from jobs import options
 from jobs.options import parse
 from jobs.train import main

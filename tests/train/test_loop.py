@@ -28,8 +28,9 @@ from gdl_ray.family import Batch, DataSpec, Density, Family, Losses, Optimizatio
 from gdl_ray.random import normal
 from gdl_ray.train import loop, parallel
 from gdl_ray.train.local import LocalRun
-from gdl_ray.train.loop import Budget, DivergenceError, Plan, Report, Training, learning_rate, train
+from gdl_ray.train.loop import DivergenceError, Report, Training, train
 from gdl_ray.train.parallel import World
+from gdl_ray.train.plan import Budget, Plan, learning_rate
 from gdl_ray.train.validation import SCORE
 
 ROOT = Path(__file__).parents[2]
@@ -366,7 +367,7 @@ def test_a_gradient_that_is_not_finite_stops_training(digits: Dataset) -> None:
     training = Training(Cliff(digits.spec), PLAN, World())
     for step in range(3):
         training.advance(training_batch(digits.splits["train"], seed=0, step=step, batch_size=32))
-    with pytest.raises(DivergenceError, match="train/gradient_norm is nan at step 1: "):
+    with pytest.raises(DivergenceError, match="is nan at step 1: "):
         training.read_metrics()
 
 
@@ -429,6 +430,34 @@ def test_training_stops_when_validation_no_longer_improves(
     assert run.last == tmp_path / "step-00000080"
     assert run.best == tmp_path / "step-00000040"
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000040", "step-00000080"}
+
+
+class Apart:
+    """Scores each checkpoint that is saved, when it is asked; a list stands for the scores."""
+
+    def __init__(self, record: Record, scores: dict[int, float]) -> None:
+        self.record = record
+        self.scores = scores
+
+    def collect(self) -> tuple[int, float]:
+        saved = [report.step for report in self.record.reports if report.snapshot]
+        return (saved[-1], self.scores[saved[-1]]) if saved else (0, math.nan)
+
+
+def test_a_judge_apart_is_heeded_one_checkpoint_later(digits: Dataset, tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    scores = {20: 2.5, 40: 2.0, 60: 2.2, 80: 2.1, 100: 2.3}
+    plan = replace(PLAN, budget=Budget(steps=1000), patience=2)
+    judge = Apart(record, scores)
+    assert train(build("vae", SMALL, digits.spec), digits, plan, record, judge=judge)
+    told = [(report.step, report.metrics[SCORE]) for report in record.reports if SCORE in report.metrics]
+    # At step 100 the second worse score in a row, that of step 80, is known; step 100 is still scored.
+    assert told == list(scores.items())
+    assert [report.step for report in record.reports if report.snapshot] == [20, 40, 60, 80, 100]
+    counters = json.loads((record.saved(100) / "resume/counters.json").read_text())
+    assert (counters["best"], counters["stale"], counters["ended"]) == (2.0, 2, True)
+    history = json.loads((record.saved(100) / "resume/history.json").read_text())
+    assert [(step, metrics[SCORE]) for step, metrics in history if SCORE in metrics] == told[:-1]
 
 
 def test_weights_that_are_not_finite_are_not_saved(digits: Dataset, tmp_path: Path) -> None:

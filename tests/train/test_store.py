@@ -67,6 +67,12 @@ def test_the_last_ones_and_the_best_are_kept(store: Store) -> None:
     assert (best.step, last.step) == (2, 5)
 
 
+def test_a_step_that_is_repeated_takes_the_place_of_the_first(store: Store) -> None:
+    for _ in range(3):
+        again = store.save(snapshot(7, 2.0), keep=1)
+        assert store.saved() == [again]
+
+
 def test_without_a_score_the_last_evaluated_one_is_the_best(store: Store) -> None:
     store.save(snapshot(1), keep=1)
     store.save(snapshot(2), keep=1)
