@@ -181,6 +181,7 @@ class Training:
         for group in optimizer.param_groups:
             group["lr"] = rate
         norm = nn.utils.clip_grad_norm_(self.family.phase_parameters(phase), self.plan.optimization.clip_norm)
+        self._memory.settle()  # a checkpoint before may be copying what this changes
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.detach()
@@ -217,7 +218,7 @@ class Training:
         return bool(stop)
 
     def summarize(self, metrics: dict[str, float], dataset: Dataset | None, stop: bool = False) -> Report:
-        """Report metrics; validate, if a dataset is given, and offer a checkpoint when due or before a stop."""
+        """Report metrics; validate, if a dataset is given, and offer a checkpoint if due or before a stop."""
         due = self.is_checkpoint_due
         picture = b""
         if due and isinstance(self.average, Unnormalized):
@@ -287,22 +288,27 @@ class Training:
         sums = {name: self.world.sum(value.clone()) for name, value in self._sums.items()}
         if self.world.rank > 0:
             return None
-        weights = _under("average/", self.average.state_dict())
-        tensors = self._tensors() | _under("carried/", carried) | _under("sums/", sums)
-        copies = self._memory.copy(weights | tensors)
+        average, weights = self.average.state_dict(), self.family.state_dict()
+        parameters = dict(self.family.named_parameters())
+        trained = _under("average/", average) | _under("weights/", weights)
+        steady = {name: value for name, value in trained.items() if name.partition("/")[2] in parameters}
+        steady |= self._optimizer_tensors()
+        buffers = {name: value for name, value in trained.items() if name not in steady}
+        changing = buffers | _under("carried/", carried) | _under("sums/", sums)
+        copies = self._memory.copy(steady, changing)
         contents = Contents(
             description=checkpoint.describe(self.average),
             weights=_below("average/", copies),
             samples_png=picture,
-            tensors={name: copies[name] for name in tensors},
+            tensors={name: copies[name] for name in steady | changing if not name.startswith("average/")},
             counters=self._counters() | {"score": score, "evaluated": evaluated},
             history=list(self.history),
         )
-        return Snapshot(contents=contents, release=partial(self._memory.take_back, copies))
+        release = partial(self._memory.take_back, copies)
+        return Snapshot(contents=contents, release=release, copied=self._memory.copied)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Name what is trained, and the state of what trains it."""
-        tensors = _under("weights/", self.family.state_dict())
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
         for phase, optimizer in self._optimizers.items():
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= _under(f"optimizer/{phase}/{index}/", state)
