@@ -24,7 +24,7 @@ def connect(options: Options[Any]) -> None:
         UsageError: if there is no cluster, or it is too small.
     """
     try:
-        ray.init(logging_level=logging.WARNING, namespace="gdl_ray")
+        ray.init(logging_level=logging.WARNING, namespace="gdl_ray", ignore_reinit_error=True)
     except ConnectionError as error:
         raise UsageError(f"no Ray cluster answers at RAY_ADDRESS ({error}); `python -m infra up`") from error
     if options.timeout_s is not None:

@@ -2,7 +2,8 @@
 
 ray job submit --working-dir . -- python -m jobs.train vae --data digits --workers 2
 
-A run whose driver was killed goes on when the same command is submitted again with its `--name`.
+A run whose driver was killed goes on when the same command is submitted again with its `--name`. Several
+families or seeds are several runs: `jobs.train vae gan --seed 0 1 2`.
 """
 
 import logging
@@ -14,7 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -38,6 +41,7 @@ from gdl_ray.train.validation import SCORE, split_nats
 from gdl_ray.train.worker import Outcome, work
 from jobs.cluster import TimeoutExpired, connect, wait_for_room
 from jobs.options import Options, UsageError, check, parse
+from jobs.sweep import expand, room, sweep
 
 _CLAIM_S = 30.0  # how long the processes of a killed driver may take to vanish
 _RESIZE_S = 30.0  # how often an elastic run looks for more room
@@ -272,15 +276,27 @@ def _prepare_ray_train() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the job; returns its exit code: 2 if it was asked for what cannot be done."""
     _prepare_ray_train()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop`: let the run be told
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
-        options = parse(arguments)
-        plan, dataset = check(options)
-        connect(options)
-        return run(options, plan, dataset)
+        runs = expand(arguments)
+        asked = [parse(each.arguments) for each in runs] or [parse(arguments)]
+        ready = [check(options) for options in asked]
+        for options in asked:
+            connect(options)
+        if runs:
+            return sweep(runs, partial(room, asked[0].resources, asked[0].workers_range[0]))
+        return run(asked[0], *ready[0])
     except UsageError as error:
         print(f"jobs.train: {error}", file=sys.stderr)
         return 2
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    """End the job, after the run is told; `ray job stop` and a sweep may both ask."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
