@@ -6,7 +6,6 @@ A run whose driver was killed goes on when the same command is submitted again w
 families or seeds are several runs: `jobs.train vae gan --seed 0 1 2`.
 """
 
-import logging
 import os
 import secrets
 import signal
@@ -215,6 +214,7 @@ def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[Outcome, str
     }
     # One failure ends an attempt: whether there is another, and when, is decided here.
     failures: Any = {"controller_failure_limit": 0, "relax_collectives_on_preemption": True}
+    quiet: Any = {"logging_config": ray.train.LoggingConfig(log_level="WARNING")}
     trainer: Any = TorchTrainer(
         work,  # type: ignore[arg-type]  # ray 2.60 annotates Train V1 and runs V2
         train_loop_config={"task": task, "run": held.log},
@@ -223,6 +223,7 @@ def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[Outcome, str
             name=held.name,
             storage_path=str(home() / "ray_train"),  # Ray Train wants one, and keeps nothing in it
             failure_config=FailureConfig(max_failures=0, **failures),
+            **quiet,
         ),
     )
     try:
@@ -270,7 +271,6 @@ def _prepare_ray_train() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it would print what workers print again
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that they are done
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
 def main(arguments: Sequence[str]) -> int:
