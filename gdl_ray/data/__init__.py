@@ -2,6 +2,7 @@
 
 from gdl_ray.data.arrays import Dataset, Split
 from gdl_ray.data.batches import evaluation_batches, training_batch
+from gdl_ray.data.feed import Feed
 from gdl_ray.data.sources import DATASETS, load
 
-__all__ = ["DATASETS", "Dataset", "Split", "evaluation_batches", "load", "training_batch"]
+__all__ = ["DATASETS", "Dataset", "Feed", "Split", "evaluation_batches", "load", "training_batch"]

@@ -58,8 +58,13 @@ def training_batch(
     share = share_of(batch_size, rank, world)
     start = step * batch_size
     indices = example_indices(seed, start + share.start, start + share.stop, len(split))
-    keys = fold(fold(seed, step, _NOISE), torch.arange(share.start, share.stop))
+    keys = training_keys(seed, step, torch.arange(share.start, share.stop))
     return _read(split, indices, keys)
+
+
+def training_keys(seed: int, step: torch.Tensor | int, place: torch.Tensor) -> torch.Tensor:
+    """Make the noise keys of places in the whole batch of a step; steps and places broadcast."""
+    return fold(fold(seed, step, _NOISE), place)
 
 
 def evaluation_batches(
