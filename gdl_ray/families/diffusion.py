@@ -186,9 +186,9 @@ class Diffusion(Family, Likelihood, Latent, Completion):
     def _training_noise(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Map uniforms to gamma, (B,), normal within [gamma_0, gamma_1], and its density there."""
         mean, spread = 2 * self.config.noise_mean, 2 * self.config.noise_spread
-        ends = (torch.tensor([self.gamma_0, self.gamma_1]) - mean) / spread
-        below, above = torch.special.ndtr(ends).tolist()
-        standard = torch.special.ndtri(below + (above - below) * u).clamp(*ends.tolist())
+        low, high = ((gamma - mean) / spread for gamma in (self.gamma_0, self.gamma_1))
+        below, above = ((1 + math.erf(end / math.sqrt(2))) / 2 for end in (low, high))
+        standard = torch.special.ndtri(below + (above - below) * u).clamp(low, high)
         density = torch.exp(-0.5 * standard.square()) / (math.sqrt(2 * math.pi) * spread * (above - below))
         return mean + spread * standard, density
 

@@ -273,8 +273,10 @@ class Hierarchical(Family, Likelihood, Latent):
 
     def _use(self, tokens: Tensor) -> dict[str, Tensor]:
         """Share of all possible tokens that a batch has, and at each grid the perplexity of their use."""
-        maps = self._maps(tokens[..., None])
-        counts = [each.flatten().bincount(minlength=self.prior.vocabulary) for each in maps]
+        nothing = tokens.new_zeros(self.prior.vocabulary)
+        places = [each.flatten() for each in self._maps(tokens[..., None])]
+        # Not by bincount, for which a GPU waits.
+        counts = [nothing.index_add(0, each, torch.ones_like(each)) for each in places]
         use = {"codes_used": (torch.stack(counts).sum(0) > 0).float().mean()}
         for (height, width), count in zip(self.grids, counts, strict=True):
             use[f"perplexity_{height}x{width}"] = torch.special.entr(count / count.sum()).sum().exp()

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gdl_ray.data.batches import share_of
 from gdl_ray.family import Family
+from gdl_ray.train.compiled import Compiled
 
 CPU = torch.device("cpu")
 
@@ -69,16 +70,17 @@ def require_grad(family: Family, phase: str) -> None:
         parameter.requires_grad_(True)
 
 
-def distribute(family: Family, phase: str, world: World) -> nn.Module:
+def distribute(family: Family, phase: str, world: World, *, compiled: bool = False) -> nn.Module:
     """Wrap a family so that the gradients of one phase are averaged over the workers.
 
     A wrapper sees only what requires a gradient when it is made and when it runs, so it never searches for
     unused parameters: call `require_grad` before each use.
     """
+    module = Compiled(family) if compiled else family
     if world.size == 1:
-        return family
+        return module
     require_grad(family, phase)
-    return DistributedDataParallel(family, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, forward_sync_buffers=False)
 
 
 def fast_matrix_products(device: torch.device, precision: str) -> AbstractContextManager[object]:
