@@ -37,7 +37,9 @@ class Compiled(nn.Module):
         try:
             loss = compiled(batch, phase).loss
             torch.autograd.grad(loss, list(self.family.phase_parameters(phase)), allow_unused=True)
-        except Exception as error:  # a compiler raises what it likes; what is no fault of its own, eager raises too
+        except (
+            Exception
+        ) as error:  # a compiler raises what it likes; what is no fault of its own, eager raises too
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             logging.getLogger(__name__).warning("phase %s is not compiled: %s", phase, reason)
             return self.family.forward

@@ -1,7 +1,7 @@
 """Data parallelism: one DistributedDataParallel wrapper per phase, over that phase's parameters alone."""
 
 import logging
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -56,9 +56,10 @@ class World:
 
     def from_first(self, *values: float) -> list[float]:
         """Agree on the first worker's values."""
+        if self.size == 1:  # a GPU need not be waited for
+            return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor, src=0)
         numbers: list[float] = tensor.tolist()
         return numbers
 
@@ -77,10 +78,17 @@ def distribute(family: Family, phase: str, world: World, *, compiled: bool = Fal
     unused parameters: call `require_grad` before each use.
     """
     module = Compiled(family) if compiled else family
+    require_grad(family, phase)
     if world.size == 1:
         return module
-    require_grad(family, phase)
     return DistributedDataParallel(module, forward_sync_buffers=False)
+
+
+def sync_gradients(module: nn.Module, now: bool) -> AbstractContextManager[object]:
+    """Average the gradients of a pass over the workers; or leave them, to be added to the next pass's."""
+    if now or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()
 
 
 def fast_matrix_products(device: torch.device, precision: str) -> AbstractContextManager[object]:
