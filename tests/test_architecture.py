@@ -63,7 +63,6 @@ TESTED_ELSEWHERE = {
     "gdl_ray.families": "a table: tests/families/test_contract.py runs on each of its lines",
     "gdl_ray.home": "tests/infra/test_local.py finds its folder, tests/data/test_arrays.py makes one whole",
     "gdl_ray.train.local": "the loop reports to it in tests/train/test_loop.py",
-    "gdl_ray.train.parallel": "tests/train/test_loop.py trains with one worker and with two",
     "gdl_ray.train.plan": "tests/train/test_loop.py follows its rules",
     "gdl_ray.train.judge": "needs Ray: tests/test_end_to_end.py validates apart",
     "gdl_ray.train.task": "a record that jobs.train fills, in tests/test_end_to_end.py",

@@ -38,11 +38,17 @@ class Plan:
     """Training ends after so many validations in a row without a better one."""
     validation_examples: int = 1000
     """Most examples that a validation reads: the first of the split, whose order is random."""
+    micro_batch: int = 0
+    """Most examples that a worker computes at once, to save memory; 0 for its whole share of a batch."""
+    compile: bool = False
+    """Compile each phase, where that works: minutes at first, and then faster steps."""
 
     def __post_init__(self) -> None:
         for name in ("report_every", "checkpoint_every", "patience", "validation_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.micro_batch < 0:
+            raise ValueError(f"micro_batch={self.micro_batch} must not be negative")
         if self.checkpoint_every % self.report_every:
             raise ValueError(
                 f"checkpoint_every={self.checkpoint_every} must be a multiple of "
