@@ -1,10 +1,10 @@
-"""The bare loop against plain PyTorch: a training script as one writes it for a single model, in turns in one run.
+"""The bare loop against plain PyTorch, a script as one writes it for a single model, in turns in one run.
 
     python tests/bench/peer.py [vae|diffusion] [--data digits] [--steps 300]
 
-Both train the same model class on the same batches' sizes: on a CPU in two processes of one thread, on a GPU in
-one, the bare loop compiled and both in bfloat16. The first steps, in which compilers and buckets settle, do not
-count. The peer's data loader, distributed wrapper, clipping, average and fused optimizer are torch's own.
+Both train the same model class with the same batch size: on a CPU in two processes of one thread, on a GPU in
+one, the bare loop compiled and both in bfloat16. The first steps, in which compilers and buckets settle, do
+not count. The peer's data loader, distributed wrapper, clipping and fused optimizer are torch's own.
 """
 
 import argparse
@@ -28,8 +28,9 @@ from gdl_ray.data import Dataset, Split
 from gdl_ray.data.arrays import level_counts
 from gdl_ray.families import build, preset
 from gdl_ray.family import Batch, DataSpec, Preset
-from gdl_ray.train.loop import Budget, Plan, Report, train
+from gdl_ray.train.loop import Report, train
 from gdl_ray.train.parallel import World
+from gdl_ray.train.plan import Budget, Plan
 
 ROUNDS = 9
 SHAPES = {"digits": ((1, 8, 8), 17), "mnist": ((1, 28, 28), 256), "cifar10": ((3, 32, 32), 256)}
@@ -97,10 +98,12 @@ def ours(rank: int, dataset: Dataset, chosen: Preset, family: str, steps: int) -
     )
     seconds: list[float] = []
 
-    def report(told: Report) -> None:
-        seconds.append(told.metrics["seconds"])
+    def report(report: Report) -> None:
+        seconds.append(report.metrics["seconds"])
         if rank == 0:
-            print(f"  ours: step {told.step}, loss {told.metrics['train/loss']:.2f}", end="\r", flush=True)
+            print(
+                f"  ours: step {report.step}, loss {report.metrics['train/loss']:.2f}", end="\r", flush=True
+            )
 
     model = build(family, chosen.model, dataset.spec)
     train(model, dataset, plan, report, world=World(rank, WORKERS, DEVICE))
@@ -119,12 +122,16 @@ def random_images(data: str) -> Dataset:
     shape, levels = SHAPES[data]
     spec = DataSpec(name=data, kind="image", shape=shape, levels=levels, classes=10)
     draw = np.random.default_rng(0)
-    split = Split(draw.integers(levels, size=(EXAMPLES, *shape), dtype=np.uint8), draw.integers(10, size=EXAMPLES))
+    split = Split(
+        draw.integers(levels, size=(EXAMPLES, *shape), dtype=np.uint8), draw.integers(10, size=EXAMPLES)
+    )
     spec = replace(spec, counts=torch.from_numpy(level_counts(spec, split.x)))
     return Dataset(spec, dict.fromkeys(("train", "validation"), split), "")
 
 
-def work(rank: int, family: str, data: str, steps: int, folder: Path, loops: list[Callable[..., float]]) -> None:
+def work(
+    rank: int, family: str, data: str, steps: int, folder: Path, loops: list[Callable[..., float]]
+) -> None:
     """Run both loops in turns as one of the processes; the first writes the rates down."""
     torch.set_num_threads(1)
     if WORKERS > 1:
