@@ -19,12 +19,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gdl_ray.data import Dataset, training_batch
+from gdl_ray.data import Dataset, Feed
 from gdl_ray.family import Batch, Family, Likelihood, Optimization, Unnormalized
 from gdl_ray.train import checkpoint
 from gdl_ray.train.checkpoint import Contents
 from gdl_ray.train.clock import Clock, Stopwatch
-from gdl_ray.train.parallel import World, distribute, fast_matrix_products, require_grad
+from gdl_ray.train.micro import fitting, micro_batches
+from gdl_ray.train.parallel import World, distribute, fast_matrix_products, require_grad, sync_gradients
 from gdl_ray.train.plan import Plan, learning_rate
 from gdl_ray.train.snapshot import Memory, Snapshot
 from gdl_ray.train.validation import SCORE, sample_grid, split_nats
@@ -100,17 +101,16 @@ def train(
     training = Training(family.to(world.device), plan, world, clock)
     if resume:
         training.restore(resume)
-    split = dataset.splits["train"]
+    feed = Feed(
+        dataset.splits["train"],
+        seed=plan.seed,
+        batch_size=batch_size,
+        device=world.device,
+        rank=world.rank,
+        world=world.size,
+    )
     while not training.ended:
-        batch = training_batch(
-            split,
-            seed=plan.seed,
-            step=training.step,
-            batch_size=batch_size,
-            rank=world.rank,
-            world=world.size,
-        )
-        training.advance(batch.to(world.device))
+        training.advance(feed.batch(training.step))
         stop = training.agree(interrupted())
         if training.is_report_due or stop:
             metrics = training.read_metrics() if training.is_report_due else {}  # on the clock: it waits
@@ -129,7 +129,7 @@ class Training:
     """Everything that changes while a model trains: saved in a checkpoint, restored from it."""
 
     def __init__(self, family: Family, plan: Plan, world: World, clock: Clock = time.perf_counter):
-        self.family = family
+        self.family = family.train()
         self.average = copy.deepcopy(family).eval().requires_grad_(False)
         self.plan = plan
         self.world = world
@@ -139,7 +139,12 @@ class Training:
         self.ended = False
         self.clock = Stopwatch(clock)
         self.history: list[tuple[int, Mapping[str, float]]] = []
-        self._modules = {phase: distribute(family, phase, world) for phase in family.phases}
+        self._parameters = {phase: list(family.phase_parameters(phase)) for phase in family.phases}
+        self._weights: list[Tensor] = list(family.parameters())
+        self._averages: list[Tensor] = list(self.average.parameters())
+        self._modules = {
+            phase: distribute(family, phase, world, compiled=plan.compile) for phase in family.phases
+        }
         self._optimizers = {phase: _optimizer(family, phase, plan.optimization) for phase in family.phases}
         self._sums: dict[str, Tensor] = {}  # of metrics since the last report
         self._reported = 0  # step of the last report
@@ -161,26 +166,43 @@ class Training:
     def advance(self, batch: Batch) -> None:
         """Take one optimizer step per phase, and average the weights."""
         rate = learning_rate(self.plan.optimization, self._progress)
-        share = len(batch.x) / self.plan.optimization.batch_size
-        self.family.train()
         for phase in self.family.phases:
-            require_grad(self.family, phase)
-            with fast_matrix_products(self.world.device, self.plan.optimization.precision):
-                losses = self._modules[phase](batch, phase)
-            (losses.loss * (share * self.world.size)).backward()  # shares may differ in length by one
+            if len(self.family.phases) > 1:
+                require_grad(self.family, phase)
+            loss = self._add_gradients(phase, batch)
             norm = self._update(phase, rate)
+            self._record(phase, {"gradient_norm": norm}, self._weight(batch))
             # A gradient that is not finite spoils the weights one step before any loss tells.
-            metrics = {"loss": losses.loss.detach(), **losses.metrics, "gradient_norm": norm}
-            self._record(phase, metrics, share)
+            fine = torch.isfinite(loss + norm)
+            self._broken = torch.where(fine, self._broken, self._broken.clamp(max=self.step + 1))
         self.step += 1
         self._update_average()
+
+    def _add_gradients(self, phase: str, batch: Batch) -> Tensor:
+        """Compute the gradient of a phase, a micro-batch at a time; returns the sum of their losses."""
+        module, precision = self._modules[phase], self.plan.optimization.precision
+        most, total = self.plan.micro_batch or len(batch.x), torch.zeros((), device=self.world.device)
+        with fitting(self.family, batch, phase, precision, most):
+            for part, is_last in micro_batches(self.family, batch, most):
+                weight = self._weight(part)
+                with sync_gradients(module, is_last):
+                    with fast_matrix_products(self.world.device, precision):
+                        losses = module(part, phase)
+                    (losses.loss * (weight * self.world.size)).backward()  # workers are averaged over
+                self._record(phase, {"loss": losses.loss.detach(), **losses.metrics}, weight)
+                total += losses.loss.detach()
+        return total
+
+    def _weight(self, batch: Batch) -> float:
+        """Share of the batch of all workers that some examples are."""
+        return len(batch.x) / self.plan.optimization.batch_size
 
     def _update(self, phase: str, rate: float) -> Tensor:
         """Take an optimizer step; returns the norm of the gradient."""
         optimizer = self._optimizers[phase]
         for group in optimizer.param_groups:
             group["lr"] = rate
-        norm = nn.utils.clip_grad_norm_(self.family.phase_parameters(phase), self.plan.optimization.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._parameters[phase], self.plan.optimization.clip_norm)
         self._memory.settle()  # a checkpoint before may be copying what this changes
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -194,14 +216,12 @@ class Training:
         prefix = "train/" if len(self.family.phases) == 1 else f"train/{phase}/"
         for name, value in metrics.items():
             self._sums[prefix + name] = self._sums.get(prefix + name, 0) + (value * share).double()
-        fine = torch.isfinite(metrics["loss"] + metrics["gradient_norm"])
-        self._broken = torch.where(fine, self._broken, self._broken.clamp(max=self.step + 1))
 
     @torch.no_grad()
     def _update_average(self) -> None:
         # A young average must not remember the random weights it started from.
         decay = min(self.plan.optimization.ema_decay, self.step / (self.step + 10))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.family.parameters()), 1 - decay)
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
         for mine, trained in zip(self.average.buffers(), self.family.buffers(), strict=True):
             mine.copy_(trained)
 
