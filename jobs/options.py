@@ -22,8 +22,11 @@ Model = TypeVar("Model")
 MAX_SIZE = 16.0
 """Largest factor of a preset's width and depth; its weights grow with the third power."""
 
-FREE = ("workers", "cpus", "gpu", "name", "storage", "keep", "timeout", "promote", "max_failures")
-"""Options that do not change what is trained: a run may go on with other ones."""
+FREE = (
+    *("workers", "cpus", "gpu", "compile", "micro_batch"),
+    *("name", "storage", "keep", "timeout", "promote", "max_failures"),
+)
+"""Options that do not change what is trained, but for rounding: a run may go on with other ones."""
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -72,6 +75,10 @@ class Options(Generic[Model]):
     """Steps between checkpoints, each with a validation and samples."""
     patience: int = 10
     """Validations in a row without a better one, after which training ends."""
+    compile: bool = False
+    """Compile the model by torch.compile; where that fails, train as without it and say why."""
+    micro_batch: int = 0
+    """Most examples that a worker computes at once; its share of a batch is cut to fit. 0 for no limit."""
     validate_apart: bool = False
     """Validate in a task of its own, on one more CPU or GPU, while training goes on; early stopping then
     heeds each score when the next checkpoint is due."""
@@ -216,6 +223,8 @@ def _plan(options: Options[Any]) -> Plan:
             report_every=options.report_every,
             checkpoint_every=options.checkpoint_every,
             patience=options.patience,
+            compile=options.compile,
+            micro_batch=options.micro_batch,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -24,6 +24,7 @@ from gdl_ray.train import checkpoint
 from gdl_ray.train.judge import Judge
 from gdl_ray.train.local import progress_line
 from gdl_ray.train.loop import DivergenceError, Report, train
+from gdl_ray.train.micro import MemoryExhaustedError
 from gdl_ray.train.parallel import World
 from gdl_ray.train.saver import Saver, StorageError
 from gdl_ray.train.store import Store
@@ -59,8 +60,8 @@ def work(config: Mapping[str, Any]) -> Outcome:
         return Outcome(failure=_NOT_SHARED.format(task.storage))
     try:
         return Outcome(ended=_train(task, store, world, config["run"]))
-    except DivergenceError as error:
-        # Not raised: Ray would restart the workers, to diverge again at the same step.
+    except (DivergenceError, MemoryExhaustedError) as error:
+        # Not raised: the workers would be started again, to fail at the same step.
         last = store.last()
         return Outcome(failure=f"{error}; the last checkpoint is {store.path(last.name) if last else 'none'}")
     except StorageError as error:
