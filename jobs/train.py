@@ -179,7 +179,7 @@ def _fit(held: Run, options: Options[Any], plan: Plan) -> None:
             raise TrainingError(outcome.failure)
         if outcome.ended:
             return
-        before, reached = reached, _reached(held.store)
+        before, reached = reached, max(reached, _reached(held.store))
         failures = failures + 1 if why and reached <= before else int(bool(why))
         if failures > options.max_failures:
             raise TrainingError(
@@ -190,8 +190,11 @@ def _fit(held: Run, options: Options[Any], plan: Plan) -> None:
 
 
 def _reached(store: Store) -> int:
-    """Step of the last checkpoint; 0 where there is none."""
-    return max((saved.step for saved in store.saved()), default=0)
+    """Step of the last checkpoint; 0 where there is none, or the store is away."""
+    try:
+        return max((saved.step for saved in store.saved()), default=0)
+    except OSError:
+        return 0
 
 
 def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[Outcome, str]:

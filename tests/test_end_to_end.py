@@ -270,6 +270,26 @@ def test_a_killed_worker_costs_time_and_nothing_else(platform: Platform, trained
         assert history(platform, "killed", metric) == history(platform, "first", metric)
 
 
+def test_checkpoints_are_validated_apart_while_training_goes_on(platform: Platform, trained: str) -> None:
+    arguments = [
+        "vae",
+        "--steps",
+        "100",
+        "--report-every",
+        "10",
+        "--checkpoint-every",
+        "50",
+        "--name",
+        "apart",
+    ]
+    job = submit(platform, *arguments, "--validate-apart")
+    assert job.returncode == 0, job.stdout
+    apart = dict(history(platform, "apart", "validation/bits_per_dim"))
+    within = dict(history(platform, "first", "validation/bits_per_dim"))
+    assert apart == pytest.approx(within, rel=1e-5)  # two workers there, one here
+    assert [step for step, _ in history(platform, "apart", "train/loss")] == list(range(10, 101, 10))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

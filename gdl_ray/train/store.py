@@ -129,6 +129,9 @@ class Store:
 
     def _write(self, name: str, snapshot: Snapshot) -> None:
         if self._is_local:
+            # Not made anew: what has vanished may be a mount, and what is written below it would vanish too.
+            if not Path(self._root).is_dir():
+                raise FileNotFoundError(f"{self._root} is gone")
             snapshot.write(Path(self.path(name)))
             return
         with tempfile.TemporaryDirectory(prefix="gdl-ray-") as scratch:

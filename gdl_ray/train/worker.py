@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from gdl_ray.train.store import Store
 from gdl_ray.train.task import RUN_FILE, Task
 
 _PREEMPTION_POLL_S = 1.0
+_STORE_PATIENCE_S = 120.0
 _NOT_SHARED = "{} is not to be seen from a worker's node: give --storage a folder that all see, or a bucket"
 
 
@@ -56,7 +57,7 @@ def work(config: Mapping[str, Any]) -> Outcome:
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(_cpus())
     store = Store(task.storage)
-    if store.read_json(RUN_FILE) is None:
+    if not _is_there(store):
         return Outcome(failure=_NOT_SHARED.format(task.storage))
     try:
         return Outcome(ended=_train(task, store, world, config["run"]))
@@ -66,6 +67,18 @@ def work(config: Mapping[str, Any]) -> Outcome:
         return Outcome(failure=f"{error}; the last checkpoint is {store.path(last.name) if last else 'none'}")
     except StorageError as error:
         return Outcome(failure=f"{error}; when {task.storage} is back, submit the same command again")
+
+
+def _is_there(store: Store) -> bool:
+    """Whether the run's store is to be seen from here; one that is away may come back."""
+    deadline = time.monotonic() + _STORE_PATIENCE_S
+    while True:
+        with suppress(OSError):
+            if store.read_json(RUN_FILE) is not None:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
 
 
 def _train(task: Task, store: Store, world: World, run: Any) -> bool:

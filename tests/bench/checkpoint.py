@@ -85,7 +85,7 @@ def main(millions: int) -> None:
         step = partial(
             training.advance, training_batch(digits.splits["train"], seed=0, step=0, batch_size=64)
         )
-        store = Store(f"{folder}/run")
+        store = Store(folder)
         saver = Saver(partial(store.save, keep=1))
         settle = training._memory.settle
         waits: list[float] = []

@@ -22,6 +22,7 @@ MODEL = build("vae", preset("vae", "digits").model, SPEC)
 @pytest.fixture(params=["folder", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "folder":
+        (tmp_path / "run").mkdir()
         return Store(str(tmp_path / "run"))
     address: str = request.getfixturevalue("s3")
     bucket, _, query = address.partition("?")
@@ -134,7 +135,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path, monkeypatch: p
 import resource, signal, sys
 from tests.train.test_store import snapshot
 from gdl_ray.train.store import Store
-store = Store({str(tmp_path / "run")!r})
+store = Store({str(tmp_path)!r})
 first = store.save(snapshot(1), keep=1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
@@ -153,6 +154,13 @@ print(store.last().step)
     )
     assert done.stdout.split()[0] in {"OSError", "SafetensorError"}
     assert done.stdout.split()[1] == "2"
+
+
+def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="run is gone"):
+        store.save(snapshot(1), keep=1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_address_that_is_not_understood_is_named() -> None:
