@@ -31,6 +31,8 @@ _ALIVE = 0  # state of a node in the GCS
 _PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto
 _CLOCKS = ("seconds", "examples_per_s")  # metrics that no two runs agree on
 
+_REPORT = re.compile(r"^step +(\d+)  +\d+%", re.MULTILINE)
+
 
 def eventually(condition: Callable[[], object], limit_s: float = 180.0) -> float:
     """Wait for a condition; returns the seconds it took."""
@@ -157,15 +159,23 @@ class Cluster:
                         found.append(process)
         return found
 
-    def steps(self) -> list[int]:
-        """List the steps that were reported, group of workers by group, also by those who were killed."""
-        logs = sorted(self._temp.glob("*/session_2*/logs/worker-*.out"), key=lambda log: log.stat().st_mtime)
-        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
-        return [int(found[1]) for line in lines if (found := re.match(r"step +(\d+)  +\d+%", line))]
+    def groups(self) -> list[list[int]]:
+        """List the steps that each group of workers has reported, also those who were killed."""
+        logs = list(self._temp.glob("*/session_2*/logs/worker-*.out"))
+        logs.sort(key=lambda log: log.stat().st_mtime_ns)  # one group works after the other
+        groups = [[int(step) for step in _REPORT.findall(log.read_text(errors="replace"))] for log in logs]
+        return [group for group in groups if group]
 
     def start_mlflow(self) -> None:
         """Start MLflow on its database."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={self._mlflow_port}"]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host=127.0.0.1",
+            f"--port={self._mlflow_port}",
+        ]
         command += ["--workers=1", f"--backend-store-uri=sqlite:///{self.home}/mlflow.db"]
         command += [f"--artifacts-destination={self.home}/artifacts"]
         env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -188,7 +198,9 @@ class Cluster:
         experiments = [each.experiment_id for each in client.search_experiments()]
         (run,) = client.search_runs(experiments, f"attributes.run_name = '{name}'")
         metrics = {
-            metric: sorted((each.step, each.value) for each in client.get_metric_history(run.info.run_id, metric))
+            metric: sorted(
+                (each.step, each.value) for each in client.get_metric_history(run.info.run_id, metric)
+            )
             for metric in run.data.metrics
             if metric not in _CLOCKS
         }

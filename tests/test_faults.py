@@ -3,23 +3,36 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Thread
 
+import boto3  # type: ignore[import-untyped]
 import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
 
+from gdl_ray.data import load
+from gdl_ray.families import build, preset
+from gdl_ray.train.loop import Report, train
+from gdl_ray.train.plan import Budget, Plan
 from tests.cluster import Cluster, Job, Result, eventually
+from tests.conftest import free_port
 
 pytestmark = pytest.mark.slow
 STEPS = 240
 EVERY = 20  # steps between checkpoints
-ARGUMENTS = ["energy", "--size", "0.5", "--workers", "2", "--steps", str(STEPS)]
-ARGUMENTS += ["--report-every", "5", "--checkpoint-every", str(EVERY)]
+SCHEDULE = ["--report-every", "5", "--checkpoint-every", str(EVERY)]
+ARGUMENTS = ["energy", "--size", "0.5", "--workers", "2", "--steps", str(STEPS), *SCHEDULE]
+LONG_STEPS = 10**6
+LONG = ["vae", "--size", "0.5", "--workers", "1:2", "--steps", str(LONG_STEPS), "--patience", "1000000"]
+LONG += SCHEDULE
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes and MLflow."""
     with tempfile.TemporaryDirectory(prefix="gdl-faults-") as home:
-        started = Cluster(Path(home))
+        started = Cluster(Path(home), KEYS)
         try:
             started.up(nodes=2)
             yield started
@@ -34,11 +47,16 @@ def undisturbed(cluster: Cluster) -> Result:
     return cluster.result("undisturbed")
 
 
+def steps(cluster: Cluster, since: int = 0) -> list[int]:
+    """List the steps that were reported by groups of workers after the first so many."""
+    return [step for group in cluster.groups()[since:] for step in group]
+
+
 def start(cluster: Cluster, name: str, *more: str) -> Job:
     """Start a run, and wait until it has a checkpoint and has gone on."""
-    before = len(cluster.steps())
+    since = len(cluster.groups())
     job = cluster.train(*ARGUMENTS, "--name", name, *more)
-    eventually(lambda: cluster.steps()[before:][-1:] > [EVERY])
+    eventually(lambda: steps(cluster, since)[-1:] > [EVERY])
     return job
 
 
@@ -63,18 +81,18 @@ def test_a_killed_node_is_replaced(cluster: Cluster, undisturbed: Result) -> Non
 
 
 def test_notice_that_a_node_will_go_costs_no_step(cluster: Cluster, undisturbed: Result) -> None:
-    before = len(cluster.steps())
+    since = len(cluster.groups())
     job = start(cluster, "notice")
     leaving = cluster.nodes[0]
     cluster.drain(leaving, deadline_s=30)
     cluster.add_node()
     output = finish(job)
+    cluster.kill(leaving)
     assert "a node is about to be taken away" in output
     assert "workers failed" not in output
-    steps = cluster.steps()[before:]
-    assert len(steps) == len(set(steps))
+    assert len(cluster.groups()) == since + 2
+    assert steps(cluster, since) == sorted(set(steps(cluster, since)))
     assert cluster.result("notice") == undisturbed
-    cluster.kill(leaving)
 
 
 def test_a_run_outlives_the_power(cluster: Cluster, undisturbed: Result) -> None:
@@ -82,7 +100,102 @@ def test_a_run_outlives_the_power(cluster: Cluster, undisturbed: Result) -> None
     cluster.cut_power()
     half = cluster.home / "runs" / "power" / f"step-{STEPS:08d}-000000"
     half.mkdir()
-    (half / "model.safetensors").write_bytes(b"\0" * 100)
+    (half / "model.safetensors").write_bytes(bytes(100))
     cluster.up(nodes=2)
     finish(cluster.train(*ARGUMENTS, "--name", "power"))
     assert cluster.result("power") == undisturbed
+
+
+class Bucket:
+    """An S3 server that can go away and come back with all that it held; `address` is that of a bucket."""
+
+    def __init__(self) -> None:
+        self._port = free_port()
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self.address = f"s3://runs?endpoint_override=127.0.0.1:{self._port}&scheme=http&region=us-east-1"
+        self.start()
+        keys = {name.lower(): value for name, value in KEYS.items()}
+        endpoint = f"http://127.0.0.1:{self._port}"
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys).create_bucket(
+            Bucket="runs"
+        )
+
+    def start(self) -> None:
+        self._server = make_server("127.0.0.1", self._port, self._app, threaded=True)
+        Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    started = Bucket()
+    yield started
+    started.stop()
+
+
+def test_bucket_and_mlflow_may_be_away_meanwhile(
+    cluster: Cluster, undisturbed: Result, bucket: Bucket
+) -> None:
+    since = len(cluster.groups())
+    job = start(cluster, "away", "--storage", bucket.address)
+    bucket.stop()
+    cluster.kill("mlflow")
+    reached = steps(cluster, since)[-1]
+    eventually(lambda: steps(cluster, since)[-1] > reached + EVERY)
+    bucket.start()
+    cluster.start_mlflow()
+    finish(job)
+    assert len(cluster.groups()) == since + 1
+    assert cluster.result("away", bucket.address.replace("?", "/away?")) == undisturbed
+
+
+def test_a_job_without_room_says_what_it_waits_for(cluster: Cluster) -> None:
+    job = cluster.train(*ARGUMENTS, "--name", "waiting", "--workers", "3", "--timeout", "2s")
+    assert job.wait() == 1
+    assert "waiting: 3 workers need 3 CPU, 2 are free (until --timeout 2s)" in job.output
+    assert "3 workers need 3 CPU, 2 are free after --timeout 2s" in job.output
+
+
+def test_workers_come_and_go_and_the_curve_stays(cluster: Cluster) -> None:
+    """From one worker to two, when there is room, and back; beside it the same run, always with one."""
+    cluster.kill(cluster.nodes[0])
+    since, done = len(cluster.groups()), Event()
+    curve: dict[int, float] = {}
+    beside = Thread(target=record_curve, args=(cluster.home / "data", curve, done))
+    beside.start()
+    try:
+        job = cluster.train(*LONG, "--name", "elastic")
+        eventually(lambda: steps(cluster, since))
+        cluster.add_node()
+        eventually(lambda: len(cluster.workers()) == 2 and len(cluster.groups()) == since + 2)
+        cluster.drain(cluster.nodes[0], deadline_s=30)
+        eventually(lambda: len(cluster.groups()) == since + 3)
+        job.kill()
+    finally:
+        done.set()
+        beside.join()
+    found = [(step, loss) for step, loss in cluster.result("elastic").metrics["train/loss"] if step in curve]
+    assert len(found) > 50
+    assert [loss for _, loss in found] == pytest.approx([curve[step] for step, _ in found], rel=1e-4)
+
+
+def record_curve(data_root: Path, curve: dict[int, float], done: Event) -> None:
+    """Train as LONG says with one worker, until it is done, and note the loss at each report."""
+    digits, chosen = load("digits", data_root), preset("vae", "digits", 0.5)
+    plan = Plan(
+        optimization=chosen.optimization, budget=Budget(steps=LONG_STEPS), report_every=5, patience=10**6
+    )
+
+    def note(report: Report) -> None:
+        if report.metrics:
+            curve[report.step] = report.metrics["train/loss"]
+        if report.snapshot:
+            report.snapshot.release()
+
+    family = build("vae", chosen.model, digits.spec, plan.seed)
+    train(family, digits, plan, note, interrupted=done.is_set)
