@@ -9,6 +9,7 @@ What is in the store is all that a run needs to go on: on other workers, by anot
 
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -68,11 +69,20 @@ class Store:
             return json.loads(stream.read())
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file."""
-        if self._is_local:
-            Path(self._root).mkdir(parents=True, exist_ok=True)
-        with self._fs.open_output_stream(self.path(name)) as stream:
-            stream.write(json.dumps(value, indent=2).encode())
+        """Write a JSON file, whole or not at all: an object of a bucket is so by itself."""
+        content = json.dumps(value, indent=2).encode()
+        if not self._is_local:
+            with self._fs.open_output_stream(self.path(name)) as stream:
+                stream.write(content)
+            return
+        place = Path(self.path(name))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        new = place.with_name(f"{place.name}.new")
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(place)
 
     def saved(self) -> list[Saved]:
         """List the checkpoints that were written to their end, in the order of time."""
@@ -81,17 +91,20 @@ class Store:
 
     def last(self) -> Saved | None:
         """Find the checkpoint to go on from: the last one whose every file is whole; says which are not."""
-        for name in sorted(self._folders(), reverse=True):
-            try:
-                with self.open(name):
-                    return self._describe(name)
-            except DamagedCheckpointError as error:
-                print(f"{error}; trying the one before", file=sys.stderr, flush=True)
-        return None
+        whole = filter(self._is_whole, sorted(self._folders(), reverse=True))
+        name = next(whole, None)
+        return self._describe(name) if name else None
 
     def best(self) -> Saved | None:
-        """Find the checkpoint to register: the best by validation, or the last where there is no score."""
-        return _best(self.saved())
+        """Find the checkpoint to register: of those whose every file is whole, the best by validation, or the
+        last where there is no score; says which are not whole.
+        """
+        saved = self.saved()
+        while found := _best(saved):
+            if self._is_whole(found.name):
+                return found
+            saved.remove(found)
+        return None
 
     @contextmanager
     def open(self, name: str) -> Iterator[Path]:
@@ -103,6 +116,15 @@ class Store:
         with self._local(name) as folder:
             verify(folder)
             yield folder
+
+    def _is_whole(self, name: str) -> bool:
+        """Tell whether a checkpoint is what its manifest says; says so if not."""
+        try:
+            with self.open(name):
+                return True
+        except DamagedCheckpointError as error:
+            print(f"{error}; it is passed over", file=sys.stderr, flush=True)
+            return False
 
     def save(self, snapshot: Snapshot, keep: int) -> Saved:
         """Keep a checkpoint, with the last `keep - 1` before it and the best; delete the rest.

@@ -108,7 +108,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert store.last() == before
     told = capsys.readouterr().err
     assert damaged.name in told
-    assert told.endswith("trying the one before\n")
+    assert told.endswith("it is passed over\n")
+    assert store.best() == before
     with pytest.raises(DamagedCheckpointError, match=damaged.name), store.open(damaged.name):
         pass
 
