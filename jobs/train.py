@@ -34,7 +34,7 @@ from gdl_ray.home import home
 from gdl_ray.train.checkpoint import git_commit, load_family
 from gdl_ray.train.parallel import World
 from gdl_ray.train.plan import Plan
-from gdl_ray.train.store import Store
+from gdl_ray.train.store import Store, patiently
 from gdl_ray.train.task import RUN_FILE, Task
 from gdl_ray.train.validation import SCORE, split_nats
 from gdl_ray.train.worker import Outcome, work
@@ -151,7 +151,7 @@ def _train_and_register(
     held: Run, options: Options[Any], plan: Plan, dataset: Dataset
 ) -> tuple[registry.Version, dict[str, float]]:
     _fit(held, options, plan)
-    best = held.store.best()
+    best = patiently(held.store.best)
     if best is None:
         raise TrainingError(f"no whole checkpoint is left in {held.store.address}")
     print(f"jobs.train: the best checkpoint is {held.store.path(best.name)}", flush=True)
@@ -190,11 +190,8 @@ def _fit(held: Run, options: Options[Any], plan: Plan) -> None:
 
 
 def _reached(store: Store) -> int:
-    """Step of the last checkpoint; 0 where there is none, or the store is away."""
-    try:
-        return max((saved.step for saved in store.saved()), default=0)
-    except OSError:
-        return 0
+    """Step of the last checkpoint; 0 where there is none."""
+    return max((saved.step for saved in patiently(store.saved)), default=0)
 
 
 def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[Outcome, str]:

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, an MLflow server and training jobs: to break, and to look at.
+"""A Ray cluster of several nodes on this machine, an MLflow server and jobs: to break, and to look at.
 
 Nodes join, get notice that they will be taken away, or are killed; MLflow goes away and comes back; jobs are
 killed; the power fails. All of it on loopback and free ports, and ended by process id.

@@ -1,4 +1,4 @@
-"""What may go wrong in a cluster costs time and nothing else. The oracle is a run to which nothing happened."""
+"""What goes wrong in a cluster costs time and nothing else; the oracle is a run to which nothing happened."""
 
 import tempfile
 from collections.abc import Iterator

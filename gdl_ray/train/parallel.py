@@ -63,6 +63,13 @@ class World:
         numbers: list[float] = tensor.tolist()
         return numbers
 
+    def text_from_first(self, text: str) -> str:
+        """Agree on the first worker's text."""
+        texts = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(texts, src=0, device=self.device)
+        return texts[0]
+
 
 def require_grad(family: Family, phase: str) -> None:
     """Let gradients flow to the parameters of one phase, and to no other."""

@@ -14,11 +14,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow import fs  # type: ignore[import-untyped]
 
@@ -28,6 +28,12 @@ from gdl_ray.train.snapshot import Snapshot
 _COUNTERS = "resume/counters.json"
 _SCORE_FILE = "score.json"
 _CHUNK_BYTES = 2**24
+
+
+_PATIENCE_S = 600.0  # how long a run that starts or ends waits for a store that does not answer
+_RETRY_S = 2.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -96,8 +102,9 @@ class Store:
         return self._describe(name) if name else None
 
     def best(self) -> Saved | None:
-        """Find the checkpoint to register: of those whose every file is whole, the best by validation, or the
-        last where there is no score; says which are not whole.
+        """Find the checkpoint to register, and say which are damaged.
+
+        Of those whose every file is whole, the best by validation, or the last where there is no score.
         """
         saved = self.saved()
         while found := _best(saved):
@@ -225,3 +232,20 @@ def _best(saved: list[Saved]) -> Saved | None:
     """Choose the best; of equals, the last."""
     evaluated = [each for each in saved if each.evaluated]
     return min(reversed(evaluated), key=lambda each: each.score) if evaluated else None
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Read from a store, and again while it does not answer.
+
+    Raises:
+        OSError: if it does not for ten minutes.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"the storage does not answer ({error}); trying again", file=sys.stderr, flush=True)
+            time.sleep(_RETRY_S)

@@ -27,7 +27,7 @@ from gdl_ray.train.loop import DivergenceError, Report, train
 from gdl_ray.train.micro import MemoryExhaustedError
 from gdl_ray.train.parallel import World
 from gdl_ray.train.saver import Saver, StorageError
-from gdl_ray.train.store import Store
+from gdl_ray.train.store import Store, patiently
 from gdl_ray.train.task import RUN_FILE, Task
 
 _PREEMPTION_POLL_S = 1.0
@@ -89,7 +89,7 @@ def _train(task: Task, store: Store, world: World, run: Any) -> bool:
     saver = judge.saver if judge else Saver(lambda snapshot: store.save(snapshot, task.keep))
     preempted = _watch_for_preemption()
     reporter = _Reporter(run, saver) if world.rank == 0 else _ignore
-    with _last_checkpoint(store) as directory:
+    with _last_checkpoint(store, world) as directory:
         if directory and world.rank == 0:
             _recall(directory, run)
         if judge and world.rank == 0:
@@ -158,11 +158,16 @@ def _recall(directory: Path, run: Any) -> None:
 
 
 @contextmanager
-def _last_checkpoint(store: Store) -> Iterator[Path | None]:
-    """Have the checkpoint to go on from in a local folder."""
-    last = store.last()
-    if last is None:
+def _last_checkpoint(store: Store, world: World) -> Iterator[Path | None]:
+    """Have the checkpoint to go on from in a local folder.
+
+    The first worker chooses it: another node may see a shared folder as it was a while ago, and workers that
+    go on from different steps would train on without a word.
+    """
+    last = patiently(store.last) if world.rank == 0 else None
+    name = world.text_from_first(last.name if last else "")
+    if not name:
         yield None
         return
-    with store.open(last.name) as directory:
+    with store.open(name) as directory:
         yield directory

@@ -11,6 +11,7 @@ import torch
 from gdl_ray.families import build, preset
 from gdl_ray.family import DataSpec
 from gdl_ray.train import checkpoint
+from gdl_ray.train import store as store_module
 from gdl_ray.train.checkpoint import Contents, DamagedCheckpointError
 from gdl_ray.train.snapshot import Snapshot
 from gdl_ray.train.store import Store
@@ -167,3 +168,23 @@ def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
 def test_an_address_that_is_not_understood_is_named() -> None:
     with pytest.raises(ValueError, match="--storage ftp://nowhere: "):
         Store("ftp://nowhere")
+
+
+def test_a_store_that_does_not_answer_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(store_module, "_RETRY_S", 0.01)
+    answers = iter([OSError("no route to host"), OSError("no route to host"), "here"])
+
+    def read() -> str:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    assert patiently(read) == "here"
+    assert capsys.readouterr().err.count("the storage does not answer (no route to host); trying again") == 2
+    monkeypatch.setattr(store_module, "_PATIENCE_S", 0.0)
+    answers = iter([OSError("gone for good")] * 2)
+    with pytest.raises(OSError, match="gone for good"):
+        patiently(read)

@@ -1,0 +1,30 @@
+"""What the workers of a group agree on before they train."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from gdl_ray.train.parallel import World
+from gdl_ray.train.store import Store
+from gdl_ray.train.worker import _last_checkpoint
+from tests.train.test_loop import in_workers
+from tests.train.test_store import snapshot
+
+
+def choose(root: Path, world: World) -> None:
+    """Write down which checkpoint a worker goes on from, by what it sees of the store."""
+    with _last_checkpoint(Store(str(root / f"seen-by-{world.rank}")), world) as directory:
+        (root / f"chosen-by-{world.rank}").write_text(directory.name if directory else "")
+
+
+@pytest.mark.slow
+def test_all_go_on_from_the_checkpoint_of_the_first_worker(tmp_path: Path) -> None:
+    """A folder that nodes share may look newer from one of them."""
+    first = Store(str(tmp_path / "seen-by-0"))
+    expected = first.save(snapshot(1), keep=9).name
+    shutil.copytree(tmp_path / "seen-by-0", tmp_path / "seen-by-1")
+    Store(str(tmp_path / "seen-by-1")).save(snapshot(2), keep=9)
+    in_workers(2, tmp_path, partial(choose, tmp_path))
+    assert [(tmp_path / f"chosen-by-{rank}").read_text() for rank in range(2)] == [expected, expected]
