@@ -142,6 +142,8 @@ class Optimization:
     """Decay of the weight average that is evaluated and served, per step; warmed up over the first steps."""
     precision: Precision = "float32"
     """Of matrix products in training, where the device computes them fast; weights stay float32."""
+    recompute: bool = False
+    """Compute hidden values again in the backward pass instead of keeping them: less memory, more time."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "learning_rate", "clip_norm"):

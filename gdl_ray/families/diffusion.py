@@ -51,6 +51,7 @@ from gdl_ray.family import (
 from gdl_ray.nn import logistic
 from gdl_ray.nn.dropout import dropout
 from gdl_ray.nn.embedding import ClassEmbedding
+from gdl_ray.nn.recompute import Block
 from gdl_ray.random import normal, uniform
 
 __all__ = ["Diffusion", "DiffusionConfig"]
@@ -375,7 +376,7 @@ class _Level(nn.Module):
         return h
 
 
-class _Residual(nn.Module):
+class _Residual(Block):
     """Two convolutions, scaled and shifted by the condition between them, added to their input."""
 
     def __init__(self, width: int, config: DiffusionConfig):

@@ -47,6 +47,7 @@ from gdl_ray.family import (
 )
 from gdl_ray.nn import logistic
 from gdl_ray.nn.embedding import ClassEmbedding
+from gdl_ray.nn.recompute import Block
 from gdl_ray.random import normal, uniform
 
 __all__ = ["GAN", "GANConfig"]
@@ -272,7 +273,7 @@ def _stage(config: GANConfig, channels: int, grid: tuple[int, int]) -> list[nn.M
     return [_Residual(channels, grid, branches) for _ in range(config.blocks)]
 
 
-class _Residual(nn.Module):
+class _Residual(Block):
     """Two layers whose output is added to their input; at first it is zero.
 
     With first layers smaller by the root of the number of branches, a step changes the network's output as

@@ -51,6 +51,7 @@ from gdl_ray.family import (
 from gdl_ray.nn import logistic
 from gdl_ray.nn.dropout import dropout
 from gdl_ray.nn.embedding import ClassEmbedding
+from gdl_ray.nn.recompute import Block
 from gdl_ray.nn.transformer import CausalTransformer
 from gdl_ray.random import uniform
 
@@ -367,7 +368,7 @@ class _Prior(nn.Module):
         return logits
 
 
-class _Stage(nn.Module):
+class _Stage(Block):
     """A convolution to another resolution or width, and two that are added to it and at first add nothing."""
 
     def __init__(self, before: int, after: int, stride: int, dropout: float, stream: int):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdl_ray.nn.dropout import dropout
+from gdl_ray.nn.recompute import Block
 
 
 class CausalTransformer(nn.Module):
@@ -70,7 +71,7 @@ class CausalTransformer(nn.Module):
         return normed
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """Attention, then a network of two layers, each added to its input."""
 
     def __init__(self, width: int, heads: int, dropout: float):

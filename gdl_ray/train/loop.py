@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gdl_ray.data import Dataset, Feed
 from gdl_ray.family import Batch, Family, Likelihood, Optimization, Unnormalized
+from gdl_ray.nn.recompute import recompute_blocks
 from gdl_ray.train import checkpoint
 from gdl_ray.train.checkpoint import Contents
 from gdl_ray.train.clock import Clock, Stopwatch
@@ -131,6 +132,8 @@ class Training:
     def __init__(self, family: Family, plan: Plan, world: World, clock: Clock = time.perf_counter):
         self.family = family.train()
         self.average = copy.deepcopy(family).eval().requires_grad_(False)
+        if plan.optimization.recompute:
+            recompute_blocks(family)
         self.plan = plan
         self.world = world
         self.step = 0
