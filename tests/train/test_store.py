@@ -14,7 +14,7 @@ from gdl_ray.train import checkpoint
 from gdl_ray.train import store as store_module
 from gdl_ray.train.checkpoint import Contents, DamagedCheckpointError
 from gdl_ray.train.snapshot import Snapshot
-from gdl_ray.train.store import Store
+from gdl_ray.train.store import Store, patiently
 
 SPEC = DataSpec(name="toy", kind="image", shape=(1, 8, 8), levels=17, classes=10)
 MODEL = build("vae", preset("vae", "digits").model, SPEC)
@@ -174,17 +174,16 @@ def test_a_store_that_does_not_answer_is_asked_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(store_module, "_RETRY_S", 0.01)
-    answers = iter([OSError("no route to host"), OSError("no route to host"), "here"])
+    failures = iter([OSError("no route to host"), OSError("no route to host"), None])
 
     def read() -> str:
-        answer = next(answers)
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
+        if failure := next(failures):
+            raise failure
+        return "here"
 
     assert patiently(read) == "here"
     assert capsys.readouterr().err.count("the storage does not answer (no route to host); trying again") == 2
     monkeypatch.setattr(store_module, "_PATIENCE_S", 0.0)
-    answers = iter([OSError("gone for good")] * 2)
+    failures = iter([OSError("gone for good"), OSError("gone for good"), None])
     with pytest.raises(OSError, match="gone for good"):
         patiently(read)

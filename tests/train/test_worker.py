@@ -22,6 +22,7 @@ def choose(root: Path, world: World) -> None:
 @pytest.mark.slow
 def test_all_go_on_from_the_checkpoint_of_the_first_worker(tmp_path: Path) -> None:
     """A folder that nodes share may look newer from one of them."""
+    (tmp_path / "seen-by-0").mkdir()
     first = Store(str(tmp_path / "seen-by-0"))
     expected = first.save(snapshot(1), keep=9).name
     shutil.copytree(tmp_path / "seen-by-0", tmp_path / "seen-by-1")
