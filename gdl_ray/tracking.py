@@ -81,7 +81,11 @@ def start_run(
     experiment = _experiment(client, dataset.spec.name)
     run_id: str = client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
     client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
-    client.log_inputs(run_id, [_describe_data(dataset)])
+    inputs = [_describe_data(dataset)]
+    try:
+        client.log_inputs(run_id, inputs)
+    except RestException:  # another job was writing the same dataset
+        client.log_inputs(run_id, inputs)
     return run_id, _page(experiment, run_id)
 
 

@@ -40,7 +40,7 @@ class Options(Generic[Model]):
     """Train a family of generative models on a dataset, and register the best checkpoint in MLflow."""
 
     family: tyro.conf.Positional[str]
-    """Key of the family."""
+    """Key of the family; several families, or several seeds, are as many runs."""
     data: str = "digits"
     """Name of the dataset."""
     size: float = 1.0

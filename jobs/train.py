@@ -37,7 +37,7 @@ from gdl_ray.train.plan import Plan
 from gdl_ray.train.store import Store, patiently
 from gdl_ray.train.task import RUN_FILE, Task
 from gdl_ray.train.validation import SCORE, split_nats
-from gdl_ray.train.worker import Outcome, work
+from gdl_ray.train.worker import FINAL, work
 from jobs.cluster import TimeoutExpired, connect, wait_for_room
 from jobs.options import Options, UsageError, check, parse
 from jobs.sweep import expand, room, sweep
@@ -174,10 +174,8 @@ def _fit(held: Run, options: Options[Any], plan: Plan) -> None:
     failures, reached = 0, _reached(held.store)
     while True:
         wait_for_room(options)
-        outcome, why = _attempt(held, options, plan)
-        if outcome.failure:
-            raise TrainingError(outcome.failure)
-        if outcome.ended:
+        has_ended, why = _attempt(held, options, plan)
+        if has_ended:
             return
         before, reached = reached, max(reached, _reached(held.store))
         failures = failures + 1 if why and reached <= before else int(bool(why))
@@ -194,8 +192,12 @@ def _reached(store: Store) -> int:
     return max((saved.step for saved in patiently(store.saved)), default=0)
 
 
-def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[Outcome, str]:
-    """Train with one group of workers; returns how that ended, and what broke it if something did."""
+def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[bool, str]:
+    """Train with one group of workers; returns whether training has ended, and what broke it if not.
+
+    Raises:
+        TrainingError: if another group would fail in the same way.
+    """
     task = Task(
         family=options.family,
         model=options.model,
@@ -229,7 +231,12 @@ def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[Outcome, str
     try:
         return trainer.fit().return_value, ""
     except (ray.train.TrainingFailedError, RayError) as error:
-        return Outcome(ended=False), str(error).strip() or repr(error)
+        for failure in getattr(error, "worker_failures", {}).values():
+            if isinstance(failure, FINAL):
+                last = held.store.last()
+                kept = f"the last checkpoint is {held.store.path(last.name)}" if last else "nothing was saved"
+                raise TrainingError(f"{failure}; {kept}") from error
+        return False, str(error).strip() or repr(error)
 
 
 def _test_scores(directory: Path, dataset: Dataset) -> dict[str, float]:

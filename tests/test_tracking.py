@@ -2,6 +2,8 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,15 @@ def test_what_the_server_refuses_is_counted(mlflow_client: MlflowClient) -> None
     run.log(1, {"train/loss": 1.0})
     run._reports.join()
     assert run._lost == 2  # what is known of the run, and the report
+
+
+def test_jobs_that_start_at_once_log_the_same_dataset(mlflow_client: MlflowClient, digits: Dataset) -> None:
+    """Four at a time: the server refuses all but the first to write a dataset that is new to it."""
+    for number in range(5):
+        dataset = replace(digits, digest=f"{number:064d}"[::-1])
+        with ThreadPoolExecutor(4) as jobs:
+            started = list(jobs.map(lambda _, d=dataset: tracking.start_run("r", d, {}, {})[0], range(4)))
+        for run_id in started:
+            inputs = mlflow_client.get_run(run_id).inputs
+            assert inputs
+            assert inputs.dataset_inputs[0].dataset.digest == dataset.digest[:16]

@@ -59,7 +59,10 @@ class Saver:
         """
         with self._changed:
             if not self._changed.wait_for(lambda: not self._waiting, limit_s):
-                raise StorageError(f"step {self._waiting[-1].step} could not be saved within {limit_s:.0f} s")
+                raise StorageError(
+                    f"step {self._waiting[-1].step} could not be saved within {limit_s:.0f} s: "
+                    f"submit the same command again when the storage is back"
+                )
 
     def _work(self) -> None:
         while True:

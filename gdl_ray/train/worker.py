@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +31,20 @@ from gdl_ray.train.task import RUN_FILE, Task
 
 _PREEMPTION_POLL_S = 1.0
 _STORE_PATIENCE_S = 120.0
-_NOT_SHARED = "{} is not to be seen from a worker's node: give --storage a folder that all see, or a bucket"
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How the work of a worker ended."""
-
-    ended: bool = True
-    """Whether training is over; if not, it was interrupted and goes on from its last checkpoint."""
-    failure: str = ""
-    """Why it failed for good."""
+FINAL = (DivergenceError, MemoryExhaustedError, StorageError)
+"""Errors that would come again if workers were started again."""
 
 
-def work(config: Mapping[str, Any]) -> Outcome:
+def work(config: Mapping[str, Any]) -> bool:
     """Train on this worker, from the last whole checkpoint of the run if there is one.
 
     Args:
         config: `task`, a Task, and `run`, the handle of an actor like `tracking.Run` that logs metrics.
+
+    Returns:
+        Whether training has ended; if not, it was interrupted and goes on from its last checkpoint.
     """
     logging.getLogger().setLevel(logging.WARNING)
     task: Task = config["task"]
@@ -58,15 +53,11 @@ def work(config: Mapping[str, Any]) -> Outcome:
     torch.set_num_threads(_cpus())
     store = Store(task.storage)
     if not _is_there(store):
-        return Outcome(failure=_NOT_SHARED.format(task.storage))
-    try:
-        return Outcome(ended=_train(task, store, world, config["run"]))
-    except (DivergenceError, MemoryExhaustedError) as error:
-        # Not raised: the workers would be started again, to fail at the same step.
-        last = store.last()
-        return Outcome(failure=f"{error}; the last checkpoint is {store.path(last.name) if last else 'none'}")
-    except StorageError as error:
-        return Outcome(failure=f"{error}; when {task.storage} is back, submit the same command again")
+        raise StorageError(
+            f"{task.storage} is not to be seen from a worker's node: give --storage a folder that all nodes "
+            f"share, or a bucket"
+        )
+    return _train(task, store, world, config["run"])
 
 
 def _is_there(store: Store) -> bool:
