@@ -172,7 +172,8 @@ class Training:
         for phase in self.family.phases:
             if len(self.family.phases) > 1:
                 require_grad(self.family, phase)
-            loss = self._add_gradients(phase, batch)
+            with fitting(self.family, batch, phase, self.plan):
+                loss = self._add_gradients(phase, batch)
             norm = self._update(phase, rate)
             self._record(phase, {"gradient_norm": norm}, self._weight(batch))
             # A gradient that is not finite spoils the weights one step before any loss tells.
@@ -185,15 +186,14 @@ class Training:
         """Compute the gradient of a phase, a micro-batch at a time; returns the sum of their losses."""
         module, precision = self._modules[phase], self.plan.optimization.precision
         most, total = self.plan.micro_batch or len(batch.x), torch.zeros((), device=self.world.device)
-        with fitting(self.family, batch, phase, precision, most):
-            for part, is_last in micro_batches(self.family, batch, most):
-                weight = self._weight(part)
-                with sync_gradients(module, is_last):
-                    with fast_matrix_products(self.world.device, precision):
-                        losses = module(part, phase)
-                    (losses.loss * (weight * self.world.size)).backward()  # workers are averaged over
-                self._record(phase, {"loss": losses.loss.detach(), **losses.metrics}, weight)
-                total += losses.loss.detach()
+        for part, is_last in micro_batches(self.family, batch, most):
+            weight = self._weight(part)
+            with sync_gradients(module, is_last):
+                with fast_matrix_products(self.world.device, precision):
+                    losses = module(part, phase)
+                (losses.loss * (weight * self.world.size)).backward()  # workers are averaged over
+            self._record(phase, {"loss": losses.loss.detach(), **losses.metrics}, weight)
+            total += losses.loss.detach()
         return total
 
     def _weight(self, batch: Batch) -> float:

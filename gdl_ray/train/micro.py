@@ -1,5 +1,6 @@
 """Micro-batches: a worker's share of a batch in pieces that fit into its memory, one after the other."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ import torch
 from gdl_ray.data.batches import share_of
 from gdl_ray.family import Batch, Family, Precision
 from gdl_ray.train.parallel import fast_matrix_products
+from gdl_ray.train.plan import Plan
 
 
 class MemoryExhaustedError(Exception):
@@ -34,7 +36,7 @@ def micro_batches(family: Family, batch: Batch, most: int) -> Iterator[tuple[Bat
 
 
 @contextmanager
-def fitting(family: Family, batch: Batch, phase: str, precision: Precision, most: int) -> Iterator[None]:
+def fitting(family: Family, batch: Batch, phase: str, plan: Plan) -> Iterator[None]:
     """Find out, where a phase runs out of memory, how many examples at once would not.
 
     Raises:
@@ -43,11 +45,12 @@ def fitting(family: Family, batch: Batch, phase: str, precision: Precision, most
     try:
         yield
     except torch.OutOfMemoryError as error:
-        # Beyond this block: what the failed pass had in memory is freed with its error.
+        traceback.clear_frames(error.__traceback__)  # they hold what the failed pass has in memory
         failed = str(error).partition("\n")[0]
     else:
         return
-    size = min(most, len(batch.x))
+    size = min(plan.micro_batch or len(batch.x), len(batch.x))
+    precision = plan.optimization.precision
     fits = next((half for half in _halves(size) if _fits(family, batch, phase, precision, half)), 0)
     cure = (
         f"{fits} fit: --micro-batch {fits} trains the same"

@@ -1,11 +1,12 @@
 """A batch in pieces has the gradient of the whole, and one that exceeds the memory is told what fits."""
 
+import weakref
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gdl_ray.data import Dataset, training_batch
 from gdl_ray.families import FAMILIES, build, preset
@@ -55,20 +56,30 @@ class Greedy(Family):
     Config = dict
     widths = ()
 
-    def __init__(self, spec: DataSpec, room: int) -> None:
+    def __init__(self, spec: DataSpec, room: int, fails: str = "forward") -> None:
         super().__init__({}, spec)
-        self.room, self.seen = room, list[int]()
+        self.room, self.fails, self.seen = room, fails, list[int]()
+        self.held: list[weakref.ref[Tensor]] = []
         self.weight = nn.Parameter(torch.ones(()))
 
     def forward(self, batch: Batch, phase: str = "main") -> Losses:
         self.seen.append(len(batch.x))
-        if len(batch.x) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+        assert all(kept() is None for kept in self.held)  # the failed pass has left the memory
         self.carried = {"seen": self.carried.get("seen", torch.zeros(len(batch.x))) + 1}
-        return Losses(self.weight * batch.x.float().mean(), {})
+        hidden = self.weight.exp() * batch.x.float()
+        if len(batch.x) > self.room:
+            self.held.append(weakref.ref(hidden))
+            if self.fails == "forward":
+                exhaust()
+            hidden.register_hook(exhaust)  # type: ignore[no-untyped-call]
+        return Losses(hidden.square().mean(), {})
 
     def sampler(self) -> Sampler:
         raise AssertionError("nothing is sampled")
+
+
+def exhaust(gradient: Tensor | None = None) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
 
 def advance(family: Family, digits: Dataset, micro_batch: int = 0) -> None:
@@ -77,13 +88,14 @@ def advance(family: Family, digits: Dataset, micro_batch: int = 0) -> None:
     Training(family, plan, World()).advance(batch)
 
 
+@pytest.mark.parametrize("fails", ["forward", "backward"])
 @pytest.mark.parametrize(("room", "fits"), [(12, 7), (4, 4), (1, 1)])
-def test_out_of_memory_says_which_micro_batch_fits(digits: Dataset, room: int, fits: int) -> None:
+def test_out_of_memory_says_which_micro_batch_fits(digits: Dataset, room: int, fits: int, fails: str) -> None:
     message = (
         rf"13 examples at once exceed .* \(CUDA out of memory.*GiB\.\); {fits} fit: --micro-batch {fits}"
     )
     with pytest.raises(MemoryExhaustedError, match=message):
-        advance(Greedy(digits.spec, room), digits)
+        advance(Greedy(digits.spec, room, fails), digits)
     advance(Greedy(digits.spec, room), digits, micro_batch=fits)
 
 
