@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 from mlflow import MlflowClient
-from ray._raylet import GcsClient  # what the command `ray drain-node` is made of
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # what the command `ray drain-node` is made of
 
 from gdl_ray.home import file_sha256
 from gdl_ray.train.store import Store

@@ -2,8 +2,8 @@
 
     python tests/bench/soak.py [--faults 20] [--seed 0] [--families vae gan energy]
 
-Two workers on nodes of their own, a head and an MLflow server, all on this machine. Ends with exit code 1 unless,
-for every family, weights, state of training and all that MLflow was told are the same, bit for bit.
+Two workers on nodes of their own, a head and an MLflow server, all on this machine. Ends with exit code 1 unless
+for every family the weights, the state of training and all that MLflow was told are the same, bit for bit.
 """
 
 import argparse
@@ -36,8 +36,6 @@ class Soak:
     chance: random.Random
     name: str
     job: Job = field(init=False)
-    restarts: int = 0
-    """How often the job was submitted again."""
 
     def __post_init__(self) -> None:
         self.seen = len(self.cluster.groups())
@@ -138,7 +136,7 @@ def checkpoint_damaged(soak: Soak) -> None:
 
 
 def power_cut(soak: Soak) -> None:
-    """Everything is killed at once: the driver, all nodes and MLflow; then the same command on a new cluster."""
+    """The driver, all nodes and MLflow are killed at once; then the same command on a new cluster."""
     soak.cluster.cut_power()
     soak.cluster.up(nodes=2)
     soak.submit()
@@ -156,48 +154,58 @@ FAULTS: list[Callable[[Soak], None]] = [
 ]
 
 
+NO_RESTART = (mlflow_away, storage_away)
+"""Training goes on under these; all others need a new group of workers."""
+
+
 @dataclass(frozen=True)
 class Damage:
     """What one fault cost."""
 
     kind: str
     lost_s: float
-    """From the fault to the next step that was reported."""
+    """From the fault to the next step that was reported; 0 if training went on."""
     repeated: int
     """Steps that were taken again."""
 
 
 def inject(soak: Soak, fault: Callable[[Soak], None]) -> Damage | None:
     """Let something happen, and wait until training goes on; None if it came to its end before."""
-    reached, reports, groups, begin = soak.step, soak.reports, len(soak.groups), time.monotonic()
+    groups, begin = len(soak.groups), time.monotonic()
+    step = soak.step
     fault(soak)
-    eventually(lambda: soak.reports > reports or soak.job.process.poll() is not None, 600)
-    if soak.reports == reports:
-        return None
-    is_new = len(soak.groups) > groups
-    repeated = max(0, reached + REPORT_EVERY - soak.groups[groups][0]) if is_new else 0
-    damage = Damage(fault.__name__, time.monotonic() - begin, repeated)
-    print(f"  {soak.family:<12} step {reached:>5}  {damage.kind:<20} {damage.lost_s:5.1f} s to the next report, "
-          f"{repeated} steps repeated", flush=True)  # fmt: skip
+    if fault in NO_RESTART:
+        damage = Damage(fault.__name__, 0.0, 0)
+    else:
+        eventually(lambda: len(soak.groups) > groups or not soak.job.is_running, 600)
+        if len(soak.groups) == groups:
+            return None
+        before, after = soak.groups[groups - 1 : groups + 1]
+        repeated = max(0, before[-1] + REPORT_EVERY - after[0])
+        damage = Damage(fault.__name__, time.monotonic() - begin, repeated)
+    took = f"{damage.lost_s:5.1f} s to the next report, {damage.repeated} steps repeated"
+    print(f"  {soak.family:<8} step {step:>5}  {damage.kind:<20} {took}", flush=True)
     return damage
 
 
-def disturb(cluster: Cluster, family: str, faults: int, seed: int) -> tuple[float, list[Damage], int]:
-    """Train under faults; returns the seconds, what they cost, and the groups of workers it took."""
+def disturb(
+    cluster: Cluster, family: str, faults: int, seed: int
+) -> tuple[float, list[Damage], list[list[int]]]:
+    """Train under faults; returns the seconds, what they cost, and the steps of each group of workers."""
     begin = time.monotonic()
     soak = Soak(cluster, family, random.Random(f"{family} {seed}"), f"{family}-disturbed")
     kinds = [FAULTS[0], *soak.chance.sample(FAULTS[1:], len(FAULTS) - 1)]
     damages = []
     for fault in itertools.islice(itertools.cycle(kinds), faults):
         reports = soak.reports
-        eventually(lambda: soak.reports > reports or soak.job.process.poll() is not None, 600)  # noqa: B023
+        eventually(lambda: soak.reports > reports or not soak.job.is_running, 600)  # noqa: B023
         time.sleep(soak.chance.uniform(*PAUSE_S))
-        if soak.job.process.poll() is not None:
+        if not soak.job.is_running:
             break
         if damage := inject(soak, fault):
             damages.append(damage)
     assert soak.job.wait(1800) == 0, soak.job.output
-    return time.monotonic() - begin, damages, len(soak.groups)
+    return time.monotonic() - begin, damages, soak.groups
 
 
 def leave_alone(cluster: Cluster, family: str) -> float:
@@ -235,16 +243,23 @@ def soak(cluster: Cluster, family: str, faults: int, seed: int) -> bool:
     alone_s = leave_alone(cluster, family)
     expected = cluster.result(f"{family}-undisturbed")
     print(f"{family}: {alone_s:.0f} s; now with {faults} faults", flush=True)
-    disturbed_s, damages, groups = disturb(cluster, family, faults, seed)
+    disturbed_s, damages, taken = disturb(cluster, family, faults, seed)
     wrong = differences(expected, cluster.result(f"{family}-disturbed"))
-    print(f"{family}: {alone_s:.0f} s alone, {disturbed_s:.0f} s with {len(damages)} faults, {groups} groups of "
-          f"workers; {'; '.join(wrong) or 'all is the same'}", flush=True)  # fmt: skip
+    verdict = "; ".join(wrong) or "all is the same"
+    print(
+        f"{family}: {alone_s:.0f} s alone, {disturbed_s:.0f} s with {len(damages)} faults; {verdict}",
+        flush=True,
+    )
+    steps = [step for group in taken for step in group]
+    repeated = (len(steps) - len(set(steps))) * REPORT_EVERY
+    print(f"  {len(taken)} groups of workers; {repeated} steps of {STEPS.get(family, OTHER_STEPS)} repeated")
     for fault in FAULTS:
-        costs = [each for each in damages if each.kind == fault.__name__]
-        if costs:
-            lost_s = [each.lost_s for each in costs]
-            print(f"  {fault.__name__:<20} {len(costs)} times  {sum(lost_s) / len(costs):5.1f} s mean, "
-                  f"{max(lost_s):5.1f} s most; {sum(each.repeated for each in costs)} steps repeated")  # fmt: skip
+        lost_s = [each.lost_s for each in damages if each.kind == fault.__name__]
+        if lost_s:
+            mean_s = sum(lost_s) / len(lost_s)
+            print(
+                f"  {fault.__name__:<20} {len(lost_s)} times  {mean_s:5.1f} s mean, {max(lost_s):5.1f} s most"
+            )
     return not wrong
 
 
