@@ -2,8 +2,8 @@
 
     python tests/bench/soak.py [--faults 20] [--seed 0] [--families vae gan energy]
 
-Two workers on nodes of their own, a head and an MLflow server, all on this machine. Ends with exit code 1 unless
-for every family the weights, the state of training and all that MLflow was told are the same, bit for bit.
+Two workers on nodes of their own, a head and an MLflow server, all on this machine. Ends with exit code 1
+unless for every family the weights, the state of training and all that MLflow was told are the same, bit for bit.
 """
 
 import argparse
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.cluster import Cluster, Job, Result, eventually
 
 REPORT_EVERY = 5
-STEPS = {"vae": 3000, "gan": 1000, "energy": 600}  # half a minute of training or so
+STEPS = {"vae": 4000, "gan": 1000, "energy": 600}  # half a minute of training or so
 OTHER_STEPS = 600
 PAUSE_S = (0.0, 4.0)  # between the first step after a fault and the next fault
 AWAY_S = (2.0, 8.0)  # how long a server or the storage stays away

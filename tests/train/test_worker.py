@@ -24,7 +24,6 @@ def test_all_go_on_from_the_checkpoint_of_the_first_worker(tmp_path: Path) -> No
     """A folder that nodes share may look newer from one of them."""
     (tmp_path / "seen-by-0").mkdir()
     first = Store(str(tmp_path / "seen-by-0"))
-    first.write_json("run.json", {})
     expected = first.save(snapshot(1), keep=9).name
     shutil.copytree(tmp_path / "seen-by-0", tmp_path / "seen-by-1")
     Store(str(tmp_path / "seen-by-1")).save(snapshot(2), keep=9)
