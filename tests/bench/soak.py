@@ -3,7 +3,7 @@
     python tests/bench/soak.py [--faults 20] [--seed 0] [--families vae gan energy]
 
 Two workers on nodes of their own, a head and an MLflow server, all on this machine. Ends with exit code 1
-unless for every family the weights, the state of training and all that MLflow was told are the same, bit for bit.
+unless for every family weights, state of training and all that MLflow was told are the same, bit for bit.
 """
 
 import argparse
