@@ -2,10 +2,12 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray._private.state import state
 
 from jobs.options import Options, UsageError
 
@@ -50,7 +52,7 @@ def wait_for_room(options: Options[Any]) -> None:
         TimeoutExpired: if `--timeout` is over before.
     """
     begin = told = time.monotonic()
-    while missing := _missing(options, ray.available_resources()):  # type: ignore[no-untyped-call]
+    while missing := _missing(options, _free()):
         now = time.monotonic()
         waited_s = now - begin
         if options.timeout_s is not None and waited_s > options.timeout_s:
@@ -60,6 +62,16 @@ def wait_for_room(options: Options[Any]) -> None:
             print(f"jobs.train: waiting: {missing}{limit}", flush=True)
             told = now
         time.sleep(_LOOK_S)
+
+
+def _free() -> Mapping[str, float]:
+    """Sum up what is free, but for nodes that are about to be taken away: nothing starts there any more."""
+    leaving = state.get_draining_nodes()
+    free: Counter[str] = Counter()
+    for node, resources in state.available_resources_per_node().items():  # type: ignore[no-untyped-call]
+        if node not in leaving:
+            free.update(resources)
+    return free
 
 
 def _missing(options: Options[Any], free: Mapping[str, float]) -> str:

@@ -1,7 +1,7 @@
 """Waiting for room on a cluster, on one that says how much is free."""
 
 import pytest
-import ray
+from ray._private.state import state
 
 from jobs import cluster
 from jobs.cluster import TimeoutExpired, wait_for_room
@@ -10,11 +10,14 @@ from jobs.options import parse
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
-    """What the cluster has free at each look; the last is what it has from then on."""
+    """What a node has free at each look, the last from then on; what another has free is about to go."""
     answers: list[dict[str, float]] = []
-    monkeypatch.setattr(
-        ray, "available_resources", lambda: answers.pop(0) if len(answers) > 1 else answers[0]
-    )
+
+    def available() -> dict[str, dict[str, float]]:
+        return {"here": answers.pop(0) if len(answers) > 1 else answers[0], "leaving": {"CPU": 9.0}}
+
+    monkeypatch.setattr(state, "available_resources_per_node", available)
+    monkeypatch.setattr(state, "get_draining_nodes", lambda: {"leaving": 0})
     monkeypatch.setattr(cluster, "_LOOK_S", 0.01)
     return answers
 
