@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this machine, an MLflow server and jobs: to break, and to look at.
 
 Nodes join, get notice that they will be taken away, or are killed; MLflow goes away and comes back; jobs are
-killed; the power fails. All of it on loopback and free ports, and ended by process id.
+killed; the power fails. All of it on this machine and free ports, and ended by process id.
 """
 
 import os

@@ -69,7 +69,6 @@ TESTED_ELSEWHERE = {
     "gdl_ray.train.clock": "tests/train/test_loop.py trains for a budget of seconds",
     "gdl_ray.train.snapshot": "tests/train/test_loop.py takes some while training goes on",
     "gdl_ray.train.validation": "tests/train/test_loop.py validates, and pictures what it saves",
-    "gdl_ray.train.worker": "needs Ray Train: tests/test_end_to_end.py submits a job and kills a worker",
     "infra.__main__": "tests/infra/test_local.py runs its verbs",
     "serve.__main__": "needs Ray Serve: tests/infra/test_local.py brings the platform up with it",
     "serve.api": "tests/serve/test_model.py sends what it reads, and reads what it encodes",
