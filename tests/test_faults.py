@@ -171,7 +171,8 @@ def test_workers_come_and_go_and_the_curve_stays(cluster: Cluster) -> None:
         cluster.add_node()
         eventually(lambda: len(cluster.workers()) == 2 and len(cluster.groups()) == since + 2)
         cluster.drain(cluster.nodes[0], deadline_s=30)
-        eventually(lambda: len(cluster.groups()) == since + 3)
+        # A few reports of the third group: the last ones may not be delivered when the driver dies.
+        eventually(lambda: len(steps(cluster, since + 2)) > 20)
         job.kill()
     finally:
         done.set()
