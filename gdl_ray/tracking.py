@@ -8,6 +8,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from queue import Queue
 from threading import Thread
@@ -24,7 +25,7 @@ from mlflow.entities import Dataset as LoggedDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException, RestException
 from PIL import Image
-from requests import RequestException
+from requests import HTTPError, RequestException
 
 from gdl_ray.data import Dataset
 
@@ -35,6 +36,7 @@ SAMPLES = "samples"
 
 # MLflow 3 shows runs and their curves first, rather than traces of language models.
 _TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}
+_PICTURE_S = 60.0  # how long a picture may hold the metrics after it up
 PATIENCE_S = 600.0  # how long the end of a run waits for a server that does not answer
 
 
@@ -144,6 +146,7 @@ class Run:
         self._client = MlflowClient(uri)
         self._id = ""
         self._known: dict[str, set[int]] = {}  # steps that the server has, by metric
+        self._pictured: set[int] = set()
         self._last_step = 0
         self._lost = 0
         self._reports: Queue[Callable[[], None]] = Queue()
@@ -165,7 +168,7 @@ class Run:
         self._reports.put(lambda: self._write(self._last_step, now_ms, metrics))
 
     def finish(self, status: str = "FINISHED", limit_s: float = PATIENCE_S) -> int:
-        """End the run when all is delivered; returns how many reports could not be.
+        """End the run when all is delivered, or time is up; returns how many reports could not be.
 
         Args:
             status: FINISHED, FAILED or KILLED.
@@ -173,8 +176,9 @@ class Run:
         """
         with self._reports.all_tasks_done:
             waiting = self._reports.all_tasks_done.wait_for
-            waiting(lambda: not self._reports.unfinished_tasks, timeout=limit_s)
-        persist(partial(self._client.set_terminated, self._id, status), limit_s)
+            is_delivered = waiting(lambda: not self._reports.unfinished_tasks, timeout=limit_s)
+        with suppress(MlflowException, RequestException):  # a run that stays open can be gone on with
+            persist(partial(self._client.set_terminated, self._id, status), limit_s if is_delivered else 0)
         return self._lost + self._reports.unfinished_tasks
 
     def _deliver(self) -> None:
@@ -182,7 +186,7 @@ class Run:
             write = self._reports.get()
             try:
                 write()
-            except (MlflowException, RequestException):
+            except Exception:  # the next report may fare better; this one is counted
                 logging.getLogger(__name__).exception("a report could not be logged")
                 self._lost += 1
             self._reports.task_done()
@@ -197,20 +201,21 @@ class Run:
     def _write(
         self, step: int, now_ms: int, metrics: Mapping[str, float], samples_png: bytes | None = None
     ) -> None:
-        """Write what is not known of a step. The picture goes first: the metrics tell that it is there."""
+        """Write what is not known of a step; its picture only if its metrics, where it has some, were not."""
         new = {name: value for name, value in metrics.items() if step not in self._known.get(name, ())}
         self._last_step = max(step, self._last_step)
-        if not new:
+        if metrics and not new:
             return
-        if samples_png:
-            picture = Image.open(io.BytesIO(samples_png))
-            log = partial(self._client.log_image, self._id, picture, key=SAMPLES, step=step)
-            persist(partial(log, synchronous=True))
         # The same batch sent twice, because an answer was lost, is one: MLflow goes by time, step and value.
         batch = [Metric(name, value, now_ms, step) for name, value in new.items()]
         persist(partial(self._client.log_batch, self._id, metrics=batch))
         for name in new:
             self._known.setdefault(name, set()).add(step)
+        if samples_png and step not in self._pictured:
+            picture = Image.open(io.BytesIO(samples_png))
+            log = partial(self._client.log_image, self._id, picture, key=SAMPLES, step=step)
+            persist(partial(log, synchronous=True), _PICTURE_S)
+            self._pictured.add(step)
 
 
 def persist(call: Callable[[], Any], limit_s: float = math.inf) -> Any:
@@ -227,9 +232,11 @@ def persist(call: Callable[[], Any], limit_s: float = math.inf) -> Any:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether the server answered that it will not do it, rather than that it cannot now."""
-    if not isinstance(error, RestException):
-        return False
-    status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
+    status = 0
+    if isinstance(error, RestException):
+        status = error.get_http_status_code()  # type: ignore[no-untyped-call]
+    elif isinstance(error, HTTPError) and error.response is not None:
+        status = error.response.status_code
     return 400 <= status < 500 and status != 429
 
 

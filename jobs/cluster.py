@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -32,17 +31,10 @@ def connect(options: Options[Any]) -> None:
     if options.timeout_s is not None:
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    for resource, each in options.resources.items():
-        room = sum(int(node.get(resource, 0) // each) for node in nodes)
-        if options.validate_apart and room == options.workers_range[0]:
-            raise UsageError(
-                f"--validate-apart needs {each} {resource} beside the {room} workers: ask for fewer of them"
-            )
-        if room < options.workers_range[0]:
-            raise UsageError(
-                f"--workers {options.workers} need {each} {resource} each, and the cluster has room for "
-                f"{room} such workers: ask for fewer or smaller ones, or wait for more nodes by --timeout"
-            )
+    if missing := _missing(options, nodes):
+        raise UsageError(
+            f"{missing} in the whole cluster: ask for fewer or smaller ones, or wait for nodes by --timeout"
+        )
 
 
 def wait_for_room(options: Options[Any]) -> None:
@@ -64,20 +56,19 @@ def wait_for_room(options: Options[Any]) -> None:
         time.sleep(_LOOK_S)
 
 
-def _free() -> Mapping[str, float]:
-    """Sum up what is free, but for nodes that are about to be taken away: nothing starts there any more."""
+def _free() -> list[Mapping[str, float]]:
+    """List what nodes have free, but for those about to be taken away: nothing starts there any more."""
     leaving = state.get_draining_nodes()
-    free: Counter[str] = Counter()
-    for node, resources in state.available_resources_per_node().items():  # type: ignore[no-untyped-call]
-        if node not in leaving:
-            free.update(resources)
-    return free
+    nodes = state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [free for node, free in nodes.items() if node not in leaving]
 
 
-def _missing(options: Options[Any], free: Mapping[str, float]) -> str:
-    """Say which resource is short; nothing if none is."""
-    least = options.workers_range[0]
-    for resource, each in options.resources.items():
-        if free.get(resource, 0) < least * each:
-            return f"{least} workers need {least * each} {resource}, {free.get(resource, 0):g} are free"
-    return ""
+def _missing(options: Options[Any], nodes: Sequence[Mapping[str, float]]) -> str:
+    """Say what is short of what the least number of workers need; nothing if they have room."""
+    need = options.resources
+    room = sum(min(int(node.get(name, 0) // each) for name, each in need.items()) for node in nodes)
+    if room >= options.least_places:
+        return ""
+    each = " and ".join(f"{amount} {name}" for name, amount in need.items())
+    asked = f"--workers {options.workers}{' and --validate-apart' if options.validate_apart else ''}"
+    return f"{asked} need {each} each, and there is room for {room} of {options.least_places}"

@@ -104,6 +104,11 @@ class Options(Generic[Model]):
         return int(least), int(most or least)
 
     @property
+    def least_places(self) -> int:
+        """How many times a worker's resources must be free: for each of the least, and for validation."""
+        return self.workers_range[0] + int(self.validate_apart)
+
+    @property
     def timeout_s(self) -> float | None:
         """Seconds to wait for resources; None where no limit is given."""
         return _seconds("timeout", self.timeout) if self.timeout else None
@@ -206,6 +211,11 @@ def _check_workers(options: Options[Any]) -> None:
     match = re.fullmatch(r"(\d+)(?::(\d+))?", options.workers)
     if not match or not 1 <= int(match[1]) <= int(match[2] or match[1]):
         raise UsageError(f"--workers {options.workers}: write a number from 1 on, or two as 1:4")
+    if options.validate_apart and ":" in options.workers:
+        raise UsageError(
+            f"--workers {options.workers} may take all the room there is, and --validate-apart needs some: "
+            f"give one number of workers"
+        )
     batch_size = options.optimization.batch_size
     if options.workers_range[1] > batch_size:
         raise UsageError(

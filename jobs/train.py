@@ -74,19 +74,31 @@ def start(options: Options[Any], dataset: Dataset) -> Run:
     store = options.store(name)
     log = _claim(store)
     wanted = options.decisive() | {"dataset_digest": dataset.digest}
-    record = store.read_json(RUN_FILE)
-    if record:
-        _check_same(name, record["options"], wanted)
-    page = tracking.resume_run(record["mlflow_run"]) if record else None
-    run_id = record["mlflow_run"] if record else ""
+    record = _take_up(name, store, wanted)
+    run_id = record["mlflow_run"]
+    page = tracking.resume_run(run_id) if run_id else None
     if page is None:
         run_id, page = tracking.start_run(name, dataset, options.flat(), _tags(options, dataset))
-        record = {"mlflow_run": run_id, "options": wanted, "is_finished": False}
+        record |= {"mlflow_run": run_id}
         store.write_json(RUN_FILE, record)
     log.open.remote(run_id)
     last = max(store.saved(), default=None)
     print(f"jobs.train: run {name}{f' goes on after step {last.step}' if last else ''}, {page}", flush=True)
     return Run(name, store, run_id, log, record)
+
+
+def _take_up(name: str, store: Store, wanted: dict[str, str]) -> dict[str, Any]:
+    """Read what the store says of a run, or note down there what it is to be."""
+    try:
+        record: dict[str, Any] | None = store.read_json(RUN_FILE)
+        if record is None:
+            store.create()
+            record = {"mlflow_run": "", "options": wanted, "is_finished": False}
+            store.write_json(RUN_FILE, record)
+    except OSError as error:
+        raise UsageError(f"--storage {store.address}: {error}") from error
+    _check_same(name, record["options"], wanted)
+    return record
 
 
 def _new_name(options: Options[Any]) -> str:
@@ -126,15 +138,16 @@ def run(options: Options[Any], plan: Plan, dataset: Dataset) -> int:
     try:
         version, scores = _registered(held, options) or _train_and_register(held, options, plan, dataset)
     except (TrainingError, TimeoutExpired) as error:
+        print(f"jobs.train: {error}", file=sys.stderr, flush=True)
         ray.get(held.log.finish.remote("FAILED"))
-        print(f"jobs.train: {error}", file=sys.stderr)
         return 1
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         ray.get(held.log.finish.remote("KILLED" if stopped else "FAILED", _FAREWELL_S))
         raise
-    lost = ray.get(held.log.finish.remote())
-    print(_summary(version, scores) + (f"\n  {lost} reports could not be logged" if lost else ""))
+    print(_summary(version, scores), flush=True)
+    if lost := ray.get(held.log.finish.remote()):
+        print(f"  {lost} reports could not be logged")
     return 0
 
 
@@ -160,7 +173,7 @@ def _train_and_register(
         held.log.log_final.remote(scores)
         scores |= {SCORE: best.score} if issubclass(FAMILIES[options.family], Likelihood) else {}
         version = registry.register(held.id, directory, options.promote, scores)
-    held.store.write_json(RUN_FILE, {**held.record, "is_finished": True})
+    patiently(lambda: held.store.write_json(RUN_FILE, {**held.record, "is_finished": True}))
     return version, scores
 
 
@@ -183,7 +196,7 @@ def _fit(held: Run, options: Options[Any], plan: Plan) -> None:
             raise TrainingError(
                 f"workers failed {failures} times in a row after step {reached}; lastly:\n{why}"
             )
-        cause = f"workers failed ({why.splitlines()[-1]})" if why else "a node is about to be taken away"
+        cause = f"workers failed ({why.splitlines()[-1]})" if why else "workers had to leave their nodes"
         print(f"jobs.train: {cause}; going on from step {reached}", flush=True)
 
 
@@ -233,10 +246,20 @@ def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[bool, str]:
     except (ray.train.TrainingFailedError, RayError) as error:
         for failure in getattr(error, "worker_failures", {}).values():
             if isinstance(failure, FINAL):
-                last = held.store.last()
-                kept = f"the last checkpoint is {held.store.path(last.name)}" if last else "nothing was saved"
-                raise TrainingError(f"{failure}; {kept}") from error
+                raise TrainingError(f"{failure}; {_kept(held.store)}") from error
+        starting = getattr(error, "controller_failure", None)
+        if type(starting).__name__ == "WorkerGroupStartupTimeoutError":  # others were faster: wait again
+            return False, ""
         return False, str(error).strip() or repr(error)
+
+
+def _kept(store: Store) -> str:
+    """Say where the last checkpoint is."""
+    try:
+        last = store.last()
+    except OSError as error:
+        return f"the storage does not answer now ({error})"
+    return f"the last checkpoint is {store.path(last.name)}" if last else "nothing was saved"
 
 
 def _test_scores(directory: Path, dataset: Dataset) -> dict[str, float]:
@@ -278,6 +301,9 @@ def _prepare_ray_train() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it would print what workers print again
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that they are done
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15"
+    )  # for their room: then see who has it
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -292,7 +318,7 @@ def main(arguments: Sequence[str]) -> int:
         for options in asked:
             connect(options)
         if runs:
-            return sweep(runs, partial(room, asked[0].resources, asked[0].workers_range[0]))
+            return sweep(runs, partial(room, asked[0].resources, asked[0].least_places))
         return run(asked[0], *ready[0])
     except UsageError as error:
         print(f"jobs.train: {error}", file=sys.stderr)

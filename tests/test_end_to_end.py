@@ -293,8 +293,11 @@ def test_checkpoints_are_validated_apart_while_training_goes_on(platform: Platfo
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["vae", "--workers", "64"], "--workers 64 need 1 CPU each, and the cluster has room for"),
-        (["vae", "--gpu"], "need 1 GPU each, and the cluster has room for 0 such workers"),
+        (
+            ["vae", "--workers", "64"],
+            "--workers 64 need 1 CPU each, and there is room for",
+        ),
+        (["vae", "--gpu"], "need 1 CPU and 1 GPU each, and there is room for 0 of 1 in the whole cluster"),
     ],
 )
 def test_a_cluster_without_the_resources_is_named(

@@ -154,8 +154,11 @@ def test_bucket_and_mlflow_may_be_away_meanwhile(
 def test_a_job_without_room_says_what_it_waits_for(cluster: Cluster) -> None:
     job = cluster.train(*ARGUMENTS, "--name", "waiting", "--workers", "3", "--timeout", "2s")
     assert job.wait() == 1
-    assert "waiting: 3 workers need 3 CPU, 2 are free (until --timeout 2s)" in job.output
-    assert "3 workers need 3 CPU, 2 are free after --timeout 2s" in job.output
+    assert (
+        "waiting: --workers 3 need 1 CPU each, and there is room for 2 of 3 (until --timeout 2s)"
+        in job.output
+    )
+    assert "--workers 3 need 1 CPU each, and there is room for 2 of 3 after --timeout 2s" in job.output
 
 
 def test_workers_come_and_go_and_the_curve_stays(cluster: Cluster) -> None:

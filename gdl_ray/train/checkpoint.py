@@ -41,7 +41,7 @@ class DamagedCheckpointError(Exception):
     """A checkpoint is incomplete or does not match its manifest."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Contents:
     """What a checkpoint holds."""
 
@@ -132,13 +132,8 @@ def load(directory: Path) -> Contents:
         samples_png=(directory / SAMPLES_FILE).read_bytes(),
         tensors=load_file(resume / "tensors.safetensors"),
         counters=json.loads((resume / "counters.json").read_text()),
-        history=load_history(directory),
+        history=[(step, metrics) for step, metrics in json.loads((resume / "history.json").read_text())],
     )
-
-
-def load_history(directory: Path) -> list[tuple[int, dict[str, float]]]:
-    """Load the steps and metrics of all reports before a checkpoint."""
-    return [(step, metrics) for step, metrics in json.loads((directory / "resume/history.json").read_text())]
 
 
 def describe(model: Family) -> dict[str, Any]:

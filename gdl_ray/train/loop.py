@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +30,8 @@ from gdl_ray.train.plan import Plan, learning_rate
 from gdl_ray.train.snapshot import Memory, Snapshot
 from gdl_ray.train.validation import SCORE, sample_grid, split_nats
 
-_AGREE_STEPS = 10  # how often workers agree on the time, and on whether to stop
+_AGREE_STEPS = 10  # within which workers agree on the time, and on whether to stop
+_AGREE_S = 1.0  # within which they do, where steps are slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def train(
     dataset: Dataset,
     plan: Plan,
     report: Reporter,
-    resume: Path | None = None,
+    resume: Contents | None = None,
     world: World | None = None,
     clock: Clock = time.perf_counter,
     interrupted: Callable[[], bool] = lambda: False,
@@ -93,7 +93,6 @@ def train(
     Raises:
         ValueError: if there are more workers than examples in a batch.
         DivergenceError: if a loss is no longer finite, or a metric no longer healthy.
-        DamagedCheckpointError: if `resume` is.
     """
     world = world or World()
     batch_size = plan.optimization.batch_size
@@ -102,6 +101,7 @@ def train(
     training = Training(family.to(world.device), plan, world, clock)
     if resume:
         training.restore(resume)
+        resume = None  # as large as the model and its optimizer
     feed = Feed(
         dataset.splits["train"],
         seed=plan.seed,
@@ -154,6 +154,8 @@ class Training:
         self._timed = 0  # step since which the clock's lap counts
         self._broken = torch.full((), math.inf, device=world.device)  # first step that was not finite
         self._progress = 0.0
+        self._agreement = 1  # step of the next one
+        self._agreed, self._agreed_s = 0, 0.0  # step and seconds at the last one
         self._memory = Memory()
 
     @property
@@ -231,8 +233,11 @@ class Training:
     def agree(self, interrupted: bool) -> bool:
         """Agree with the other workers on how far training is; returns whether all stop here."""
         stop = 0.0
-        if self.world.size == 1 or self.step % _AGREE_STEPS == 0:
-            seconds, stop = self.world.from_first(self.clock.seconds, interrupted)
+        if self.world.size == 1 or self.step >= self._agreement:
+            seconds, stop, steps = self.world.from_first(
+                self.clock.seconds, interrupted, self._steps_to_agree()
+            )
+            self._agreement = self.step + int(steps)
             if not self.plan.budget.steps:
                 self._progress = seconds / self.plan.budget.seconds
         if self.plan.budget.steps:
@@ -240,10 +245,18 @@ class Training:
         self.ended = self._progress >= 1
         return bool(stop)
 
+    def _steps_to_agree(self) -> int:
+        """Choose how many steps to take until the next agreement: fewer where they are slow."""
+        step_s = max(self.clock.seconds - self._agreed_s, 1e-9) / max(self.step - self._agreed, 1)
+        self._agreed, self._agreed_s = self.step, self.clock.seconds
+        return max(1, min(_AGREE_STEPS, round(_AGREE_S / step_s)))
+
     def summarize(self, metrics: dict[str, float], dataset: Dataset | None, stop: bool = False) -> Report:
         """Report metrics; validate, if a dataset is given, and offer a checkpoint if due or before a stop."""
         due = self.is_checkpoint_due
         picture = b""
+        if stop:  # what is saved now was not looked at since the last report
+            self._check_weights()
         if due and isinstance(self.average, Unnormalized):
             self.average.normalize()
         if due and dataset:
@@ -264,9 +277,10 @@ class Training:
 
     def read_metrics(self) -> dict[str, float]:
         """Average the metrics since the last reading, over steps and workers."""
-        sums = self.world.sum(torch.stack(list(self._sums.values())))
+        names = sorted(self._sums)  # the same order on all workers
+        sums = self.world.sum(torch.stack([self._sums[name] for name in names]))
         values = (sums / (self.step - self._reported)).tolist()
-        metrics = dict(zip(self._sums, values, strict=True))
+        metrics = dict(zip(names, values, strict=True))
         for name, value in metrics.items():
             self._check_health(name, value)
         rate = (self.step - self._timed) * self.plan.optimization.batch_size / self.clock.lap()
@@ -281,9 +295,17 @@ class Training:
         usual = f" (healthy: {least:g} to {most:g})" if healthy else ""
         first = self.world.least(self._broken.item())
         when = f"at step {first:.0f}" if math.isfinite(first) else f"by step {self.step}"
+        raise self._divergence(f"{name} is {value:.4g}{usual} {when}")
+
+    def _check_weights(self) -> None:
+        first = self.world.least(self._broken.item())
+        if math.isfinite(first):
+            raise self._divergence(f"a loss or gradient is not finite at step {first:.0f}")
+
+    def _divergence(self, what: str) -> DivergenceError:
         optimization = self.plan.optimization
-        raise DivergenceError(
-            f"{name} is {value:.4g}{usual} {when}: training diverged; {self.family.advice} "
+        return DivergenceError(
+            f"{what}: training diverged; {self.family.advice} "
             f"(peak learning rate now {optimization.learning_rate:g}, clip norm {optimization.clip_norm:g})"
         )
 
@@ -308,7 +330,7 @@ class Training:
         carried = {
             name: self.world.gather(rows, batch_size) for name, rows in sorted(self.family.carried.items())
         }
-        sums = {name: self.world.sum(value.clone()) for name, value in self._sums.items()}
+        sums = {name: self.world.sum(value.clone()) for name, value in sorted(self._sums.items())}
         if self.world.rank > 0:
             return None
         average, weights = self.average.state_dict(), self.family.state_dict()
@@ -348,9 +370,8 @@ class Training:
             "ended": self.ended,
         }
 
-    def restore(self, directory: Path) -> None:
+    def restore(self, saved: Contents) -> None:
         """Go on from a checkpoint as if there had been no interruption."""
-        saved = checkpoint.load(directory)
         counters, tensors = saved.counters, saved.tensors
         self.average.load_state_dict(saved.weights)
         self.family.load_state_dict(_below("weights/", tensors))
@@ -374,6 +395,7 @@ class Training:
         self.stale = counters["stale"]
         self.ended, self._progress = counters["ended"], counters["progress"]
         self.clock = Stopwatch(self.clock.now, counters["seconds"])
+        self._agreed, self._agreed_s = self.step, counters["seconds"]
 
     def _share(self, name: str, rows: Tensor) -> Tensor:
         """Take this worker's rows of what was carried by all."""

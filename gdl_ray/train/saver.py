@@ -34,13 +34,15 @@ class Saver:
         self._waiting: list[Snapshot] = []
         self._writing: Snapshot | None = None
         self._failed = 0  # attempts in a row
+        self._error: Exception | None = None  # what is no fault of the store
         self._changed = threading.Condition()
         threading.Thread(target=self._work, name="saver", daemon=True).start()
 
     def submit(self, snapshot: Snapshot) -> None:
         """Take a snapshot; waits only while two are waiting already and the store works."""
         with self._changed:
-            self._changed.wait_for(lambda: self._failed or len(self._waiting) < _WAITING)
+            self._changed.wait_for(lambda: self._error or self._failed or len(self._waiting) < _WAITING)
+            self._raise_error()
             self._waiting.append(snapshot)
             if self._failed:
                 self._drop_superseded()
@@ -49,7 +51,8 @@ class Saver:
     def settle(self) -> None:
         """Wait until all is saved, or cannot be for now."""
         with self._changed:
-            self._changed.wait_for(lambda: self._failed or not self._waiting)
+            self._changed.wait_for(lambda: self._error or self._failed or not self._waiting)
+            self._raise_error()
 
     def drain(self, limit_s: float = _PATIENCE_S) -> None:
         """Wait until all is saved.
@@ -58,13 +61,27 @@ class Saver:
             StorageError: if it is not in time.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._waiting, limit_s):
+            is_over = self._changed.wait_for(lambda: self._error or not self._waiting, limit_s)
+            self._raise_error()
+            if not is_over:
                 raise StorageError(
                     f"step {self._waiting[-1].step} could not be saved within {limit_s:.0f} s: "
                     f"submit the same command again when the storage is back"
                 )
 
+    def _raise_error(self) -> None:
+        if self._error:
+            raise self._error
+
     def _work(self) -> None:
+        try:
+            self._save_all()
+        except Exception as error:  # raised again where somebody hears of it
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _save_all(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)

@@ -21,7 +21,7 @@ _DONE: "Future[None]" = Future()
 _DONE.set_result(None)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Snapshot:
     """A checkpoint that is not on disk yet."""
 
@@ -91,5 +91,5 @@ def _fill(copies: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Copy on the device's main stream, behind the work that made the tensors."""
     for name, tensor in tensors.items():
         copies[name].copy_(tensor, non_blocking=True)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.current_stream().synchronize()
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()

@@ -82,13 +82,17 @@ class Store:
                 stream.write(content)
             return
         place = Path(self.path(name))
-        place.parent.mkdir(parents=True, exist_ok=True)
         new = place.with_name(f"{place.name}.new")
         with new.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         new.replace(place)
+
+    def create(self) -> None:
+        """Make the folder of the run; a bucket needs none."""
+        if self._is_local:
+            Path(self._root).mkdir(parents=True, exist_ok=True)
 
     def saved(self) -> list[Saved]:
         """List the checkpoints that were written to their end, in the order of time."""
@@ -198,7 +202,7 @@ class Store:
         return [info.base_name for info in found if info.base_name.startswith("step-")]
 
     def _describe(self, name: str) -> Saved | None:
-        """Read what a checkpoint says of itself; None if it cannot be read."""
+        """Read what a checkpoint says of itself; None if that is no sense."""
         try:
             counters = self.read_json(f"{name}/{_COUNTERS}")
             score = counters["score"]
@@ -210,7 +214,7 @@ class Store:
                 evaluated=bool(counters["evaluated"]),
                 score=math.inf if score is None else float(score),
             )
-        except (OSError, ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):
             return None
 
     def _exists(self, name: str) -> bool:

@@ -7,9 +7,7 @@ that is away would end its controller, which also lets the workers wait for each
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -20,6 +18,7 @@ import torch
 from gdl_ray.data import load
 from gdl_ray.families import build
 from gdl_ray.train import checkpoint
+from gdl_ray.train.checkpoint import Contents
 from gdl_ray.train.judge import Judge
 from gdl_ray.train.local import progress_line
 from gdl_ray.train.loop import DivergenceError, Report, train
@@ -30,7 +29,7 @@ from gdl_ray.train.store import Store, patiently
 from gdl_ray.train.task import RUN_FILE, Task
 
 _PREEMPTION_POLL_S = 1.0
-_STORE_PATIENCE_S = 120.0
+_LATE_S = 120.0
 
 
 FINAL = (DivergenceError, MemoryExhaustedError, StorageError)
@@ -61,15 +60,13 @@ def work(config: Mapping[str, Any]) -> bool:
 
 
 def _is_there(store: Store) -> bool:
-    """Whether the run's store is to be seen from here; one that is away may come back."""
-    deadline = time.monotonic() + _STORE_PATIENCE_S
-    while True:
-        with suppress(OSError):
-            if store.read_json(RUN_FILE) is not None:
-                return True
+    """Whether the run's store is to be seen from here; a folder may come late to a node."""
+    deadline = time.monotonic() + _LATE_S
+    while patiently(lambda: store.read_json(RUN_FILE)) is None:
         if time.monotonic() > deadline:
             return False
         time.sleep(1)
+    return True
 
 
 def _train(task: Task, store: Store, world: World, run: Any) -> bool:
@@ -78,24 +75,23 @@ def _train(task: Task, store: Store, world: World, run: Any) -> bool:
     family = build(task.family, task.model, dataset.spec, task.plan.seed)
     judge = Judge(task, store, run) if task.validate_apart else None
     saver = judge.saver if judge else Saver(lambda snapshot: store.save(snapshot, task.keep))
-    preempted = _watch_for_preemption()
-    reporter = _Reporter(run, saver) if world.rank == 0 else _ignore
-    with _last_checkpoint(store, world) as directory:
-        if directory and world.rank == 0:
-            _recall(directory, run)
-        if judge and world.rank == 0:
-            judge.resume()
-        ended = train(
-            family,
-            dataset,
-            task.plan,
-            reporter,
-            resume=directory,
-            world=world,
-            interrupted=preempted.is_set,
-            judge=judge,
-        )
-    saver.drain()
+    saved = _last_checkpoint(store, world)
+    reporter = _Reporter(run, saver)
+    if saved and world.rank == 0:
+        reporter.recall(saved)
+        if judge:
+            judge.resume(saved.counters["step"])
+    ended = train(
+        family,
+        dataset,
+        task.plan,
+        reporter if world.rank == 0 else _ignore,
+        resume=saved,
+        world=world,
+        interrupted=_watch_for_preemption().is_set,
+        judge=judge,
+    )
+    reporter.close()
     return ended
 
 
@@ -127,30 +123,39 @@ class _Reporter:
     def __init__(self, run: Any, saver: Saver) -> None:
         self._run = run
         self._saver = saver
+        self._logged: Any = None
 
     def __call__(self, report: Report) -> None:
         """Take a report."""
         print(progress_line(report), flush=True)
         picture = report.snapshot.contents.samples_png if report.snapshot else None
         if report.metrics:
-            self._run.log.remote(report.step, dict(report.metrics), picture)
+            self._logged = self._run.log.remote(report.step, dict(report.metrics), picture)
         if report.snapshot:
             self._saver.submit(report.snapshot)
+
+    def recall(self, saved: Contents) -> None:
+        """Log again what a checkpoint remembers: its driver may have died before it was delivered."""
+        for step, metrics in saved.history:
+            self._run.log.remote(step, metrics)
+
+    def close(self) -> None:
+        """Wait until all is saved, and has reached the log.
+
+        Raises:
+            StorageError: if the store is away for too long.
+        """
+        self._saver.drain()
+        if self._logged:
+            ray.get(self._logged)
 
 
 def _ignore(report: Report) -> None:
     """Leave a report to the first worker."""
 
 
-def _recall(directory: Path, run: Any) -> None:
-    """Log again what a checkpoint remembers: its driver may have died before it was delivered."""
-    for step, metrics in checkpoint.load_history(directory):
-        run.log.remote(step, metrics)
-
-
-@contextmanager
-def _last_checkpoint(store: Store, world: World) -> Iterator[Path | None]:
-    """Have the checkpoint to go on from in a local folder.
+def _last_checkpoint(store: Store, world: World) -> Contents | None:
+    """Load the checkpoint to go on from.
 
     The first worker chooses it: another node may see a shared folder as it was a while ago, and workers that
     go on from different steps would train on without a word.
@@ -158,7 +163,6 @@ def _last_checkpoint(store: Store, world: World) -> Iterator[Path | None]:
     last = patiently(store.last) if world.rank == 0 else None
     name = world.text_from_first(last.name if last else "")
     if not name:
-        yield None
-        return
+        return None
     with store.open(name) as directory:
-        yield directory
+        return checkpoint.load(directory)

@@ -174,7 +174,7 @@ def test_resumed_equals_never_interrupted(key: str, digits: Dataset, tmp_path: P
     saved = whole.snapshot(None, evaluated=True)
     assert saved
     saved.write(tmp_path)
-    resumed.restore(tmp_path)
+    resumed.restore(checkpoint.load(tmp_path))
     for run in (whole, resumed):
         advance(run, range(2, 4))
     for mine, other in ((whole.family, resumed.family), (whole.average, resumed.average)):

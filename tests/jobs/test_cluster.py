@@ -27,7 +27,9 @@ def test_room_is_waited_for_and_named(
 ) -> None:
     free += [{"CPU": 1.0}, {"CPU": 2.0}, {"CPU": 4.0}]
     wait_for_room(parse(["vae", "--workers", "3"]))
-    assert capsys.readouterr().out == "jobs.train: waiting: 3 workers need 3 CPU, 1 are free\n"
+    assert capsys.readouterr().out == (
+        "jobs.train: waiting: --workers 3 need 1 CPU each, and there is room for 1 of 3\n"
+    )
 
 
 def test_an_elastic_job_starts_with_the_least(free: list[dict[str, float]]) -> None:
@@ -37,5 +39,7 @@ def test_an_elastic_job_starts_with_the_least(free: list[dict[str, float]]) -> N
 
 def test_waiting_ends_with_what_is_missing(free: list[dict[str, float]]) -> None:
     free += [{"CPU": 8.0}]
-    with pytest.raises(TimeoutExpired, match=r"2 workers need 2 GPU, 0 are free after --timeout 0.1s"):
+    with pytest.raises(
+        TimeoutExpired, match=r"need 1 CPU and 1 GPU each, and there is room for 0 of 2 after --timeout"
+    ):
         wait_for_room(parse(["vae", "--workers", "2", "--gpu", "--timeout", "0.1s"]))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from gdl_ray.train import saver
 from gdl_ray.train.checkpoint import Contents
@@ -38,7 +39,8 @@ class Disk:
 def snapshot(step: int, score: float = math.inf, released: list[int] | None = None) -> Snapshot:
     counters = {"step": step, "score": None if math.isinf(score) else score}
     released = [] if released is None else released
-    contents = Contents(description={}, weights={}, counters=counters)
+    weights = {"w": torch.zeros(2)}  # whose comparison has no truth value
+    contents = Contents(description={}, weights=weights, counters=counters)
     return Snapshot(contents=contents, release=lambda: released.append(step))
 
 
@@ -90,6 +92,18 @@ def test_while_nothing_can_be_saved_training_goes_on_and_the_newest_and_best_wai
         "step 0: the checkpoint cannot be saved (No space left on device); training goes on",
         "step 1: checkpoints can be saved again",
     ]
+
+
+def test_what_is_no_fault_of_the_store_is_raised_where_it_is_heard() -> None:
+    def save(snapshot: Snapshot) -> None:
+        raise ZeroDivisionError("a bug")
+
+    background = Saver(save)
+    background.submit(snapshot(1))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        background.drain()
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        background.submit(snapshot(2))
 
 
 def test_the_end_of_training_does_not_wait_for_ever() -> None:
