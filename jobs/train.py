@@ -64,6 +64,17 @@ class Run:
     """What `run.json` says."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """How the work of one group of workers ended."""
+
+    has_ended: bool = False
+    """Whether training has."""
+    failed: bool = False
+    """Whether something broke; if not, the workers were asked to leave, or never began."""
+    cause: str = "a node is about to be taken away"
+
+
 def start(options: Options[Any], dataset: Dataset) -> Run:
     """Start a run, or take up the one of that name; no other job may have it.
 
@@ -187,17 +198,18 @@ def _fit(held: Run, options: Options[Any], plan: Plan) -> None:
     failures, reached = 0, _reached(held.store)
     while True:
         wait_for_room(options)
-        has_ended, why = _attempt(held, options, plan)
-        if has_ended:
+        attempt = _attempt(held, options, plan)
+        if attempt.has_ended:
             return
         before, reached = reached, max(reached, _reached(held.store))
-        failures = failures + 1 if why and reached <= before else int(bool(why))
+        if attempt.failed:
+            failures = failures + 1 if reached <= before else 1
         if failures > options.max_failures:
             raise TrainingError(
-                f"workers failed {failures} times in a row after step {reached}; lastly:\n{why}"
+                f"workers failed {failures} times in a row after step {reached}; lastly:\n{attempt.cause}"
             )
-        cause = f"workers failed ({why.splitlines()[-1]})" if why else "workers had to leave their nodes"
-        print(f"jobs.train: {cause}; going on from step {reached}", flush=True)
+        last_line = attempt.cause.splitlines()[-1]
+        print(f"jobs.train: {last_line}; going on from step {reached}", flush=True)
 
 
 def _reached(store: Store) -> int:
@@ -205,8 +217,8 @@ def _reached(store: Store) -> int:
     return max((saved.step for saved in patiently(store.saved)), default=0)
 
 
-def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[bool, str]:
-    """Train with one group of workers; returns whether training has ended, and what broke it if not.
+def _attempt(held: Run, options: Options[Any], plan: Plan) -> Attempt:
+    """Train with one group of workers.
 
     Raises:
         TrainingError: if another group would fail in the same way.
@@ -242,15 +254,15 @@ def _attempt(held: Run, options: Options[Any], plan: Plan) -> tuple[bool, str]:
         ),
     )
     try:
-        return trainer.fit().return_value, ""
+        return Attempt(has_ended=trainer.fit().return_value)
     except (ray.train.TrainingFailedError, RayError) as error:
         for failure in getattr(error, "worker_failures", {}).values():
             if isinstance(failure, FINAL):
                 raise TrainingError(f"{failure}; {_kept(held.store)}") from error
         starting = getattr(error, "controller_failure", None)
         if type(starting).__name__ == "WorkerGroupStartupTimeoutError":  # others were faster: wait again
-            return False, ""
-        return False, str(error).strip() or repr(error)
+            return Attempt(cause="others took the room for workers")
+        return Attempt(failed=True, cause=f"workers failed: {str(error).strip() or repr(error)}")
 
 
 def _kept(store: Store) -> str:

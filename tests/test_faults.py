@@ -18,7 +18,7 @@ from tests.cluster import Cluster, Job, Result, eventually
 from tests.conftest import free_port
 
 pytestmark = pytest.mark.slow
-STEPS = 240
+STEPS = 480
 REPORT_EVERY, CHECKPOINT_EVERY = 5, 20
 SCHEDULE = ["--report-every", str(REPORT_EVERY), "--checkpoint-every", str(CHECKPOINT_EVERY)]
 ARGUMENTS = ["energy", "--size", "0.5", "--workers", "2", "--steps", str(STEPS), *SCHEDULE]
