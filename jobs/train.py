@@ -208,8 +208,8 @@ def _fit(held: Run, options: Options[Any], plan: Plan) -> None:
             raise TrainingError(
                 f"workers failed {failures} times in a row after step {reached}; lastly:\n{attempt.cause}"
             )
-        last_line = attempt.cause.splitlines()[-1]
-        print(f"jobs.train: {last_line}; going on from step {reached}", flush=True)
+        in_a_line = f"workers failed ({attempt.cause.splitlines()[-1]})" if attempt.failed else attempt.cause
+        print(f"jobs.train: {in_a_line}; going on from step {reached}", flush=True)
 
 
 def _reached(store: Store) -> int:
@@ -262,7 +262,7 @@ def _attempt(held: Run, options: Options[Any], plan: Plan) -> Attempt:
         starting = getattr(error, "controller_failure", None)
         if type(starting).__name__ == "WorkerGroupStartupTimeoutError":  # others were faster: wait again
             return Attempt(cause="others took the room for workers")
-        return Attempt(failed=True, cause=f"workers failed: {str(error).strip() or repr(error)}")
+        return Attempt(failed=True, cause=str(error).strip() or repr(error))
 
 
 def _kept(store: Store) -> str:

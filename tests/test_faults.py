@@ -84,8 +84,8 @@ def test_a_node_that_gave_notice_and_one_that_did_not_are_replaced(
     assert 0 < after[0] - before[-1] <= REPORT_EVERY  # no step is taken twice
     assert "a node is about to be taken away; going on from step" in job.output
     assert "workers failed" not in job.output
+    cluster.kill(cluster.nodes[1])  # one of those that train now
     cluster.kill(cluster.nodes[0])  # gone already, once it was idle
-    cluster.kill(cluster.nodes[0])
     for _ in range(2 - len(cluster.nodes)):
         cluster.add_node()
     assert "workers failed" in finish(job)
