@@ -10,6 +10,7 @@ phases, forward and backward; utilisation is the time that they take at the stat
 """
 
 import argparse
+import gc
 import resource
 import statistics
 import tempfile
@@ -259,7 +260,9 @@ def under_ray(root: Path, steps: int, workers: int) -> float:
 
     model, plan = digits_plan(steps)
     storage = f"{root}/runs/{time.time_ns()}"
-    Store(storage).write_json(RUN_FILE, {})
+    store = Store(storage)
+    store.create()
+    store.write_json(RUN_FILE, {})
     task = Task(family="vae", model=model, data="digits", data_root=root, plan=plan, storage=storage, keep=1)
     actor: Any = ray.remote(num_cpus=0)(Rates)
     rates = actor.remote()
@@ -292,6 +295,7 @@ def work_bare(rank: int, root: Path, steps: int, workers: int, folder: Path) -> 
             (folder / "seconds").write_text(str(report.metrics["seconds"]))
 
     train(build("vae", model, digits.spec), digits, plan, report, world=World(rank, workers))
+    gc.collect()  # else what is distributed goes after its group, and aborts
     dist.destroy_process_group()
 
 
