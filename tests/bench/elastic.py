@@ -2,7 +2,7 @@
 
     python tests/bench/elastic.py
 
-An elastic job begins on the only node, takes a second one that joins, and loses the first, which gives notice.
+An elastic job begins on one node, takes a second one that joins, and loses the first, which gives notice.
 Prints the steps that each group of workers reported, and the largest relative difference of the loss.
 """
 
