@@ -156,7 +156,9 @@ def test_it_learns_the_frequencies_of_data_that_can_be_counted() -> None:
     spec = DataSpec(name="pair", kind="image", shape=(1, 1, 2), levels=3, classes=2)
     # Images of two pixels: 60 % are (0, 0) of class 0; class 1 is (2, 1) thrice as often as (0, 2).
     kinds = torch.tensor([[0, 0]] * 6 + [[2, 1]] * 3 + [[0, 2]], dtype=torch.uint8).view(-1, 1, 1, 2)
-    optimization = Optimization(learning_rate=6e-3, betas=(0.0, 0.99), weight_decay=0.0, clip_norm=100)
+    optimization = Optimization(
+        batch_size=60, learning_rate=6e-3, betas=(0.0, 0.99), weight_decay=0.0, clip_norm=100
+    )
     config = GANConfig(patch=2, width=32, halvings=0, latent=4, penalty=0.1, label_drop=0.5)
     plan = Plan(optimization=optimization, budget=Budget(steps=500))
     training = Training(gan(config, spec), plan, World())
