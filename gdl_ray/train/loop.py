@@ -182,6 +182,8 @@ class Training:
             fine = torch.isfinite(loss + norm)
             self._broken = torch.where(fine, self._broken, self._broken.clamp(max=self.step + 1))
         self.step += 1
+        if self.plan.budget.steps:
+            self._progress = self.step / self.plan.budget.steps
         self._update_average()
 
     def _add_gradients(self, phase: str, batch: Batch) -> Tensor:
@@ -240,8 +242,6 @@ class Training:
             self._agreement = self.step + int(steps)
             if not self.plan.budget.steps:
                 self._progress = seconds / self.plan.budget.seconds
-        if self.plan.budget.steps:
-            self._progress = self.step / self.plan.budget.steps
         self.ended = self._progress >= 1
         return bool(stop)
 

@@ -56,4 +56,4 @@ def test_workers_agree_with_each_other_and_with_one_alone(key: str, trained: Pat
         assert torch.equal(first[name], third[name]), name
         # Adam's first steps magnify what rounding leaves of a gradient near zero.
         difference = (first[name] - tensor).norm() / tensor.norm().clamp(min=1e-3)
-        assert difference < 1e-2, name
+        assert difference < 2e-2, name
