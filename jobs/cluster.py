@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
@@ -30,8 +30,7 @@ def connect(options: Options[Any]) -> None:
         raise UsageError(f"no Ray cluster answers at RAY_ADDRESS ({error}); `python -m infra up`") from error
     if options.timeout_s is not None:
         return
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if missing := _missing(options, nodes):
+    if missing := _missing(options, whole_nodes()):
         raise UsageError(
             f"{missing} in the whole cluster: ask for fewer or smaller ones, or wait for nodes by --timeout"
         )
@@ -63,10 +62,20 @@ def _free() -> list[Mapping[str, float]]:
     return [free for node, free in nodes.items() if node not in leaving]
 
 
-def _missing(options: Options[Any], nodes: Sequence[Mapping[str, float]]) -> str:
+def places(need: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> int:
+    """Count how many times what a worker needs is to be had; no two nodes serve one worker together."""
+    return sum(min(int(node.get(name, 0) // each) for name, each in need.items()) for node in nodes)
+
+
+def whole_nodes() -> list[Mapping[str, float]]:
+    """List what each node of the cluster has when nobody uses it."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _missing(options: Options[Any], nodes: Iterable[Mapping[str, float]]) -> str:
     """Say what is short of what the least number of workers need; nothing if they have room."""
     need = options.resources
-    room = sum(min(int(node.get(name, 0) // each) for name, each in need.items()) for node in nodes)
+    room = places(need, nodes)
     if room >= options.least_places:
         return ""
     each = " and ".join(f"{amount} {name}" for name, amount in need.items())

@@ -22,10 +22,9 @@ from datetime import UTC, datetime
 from itertools import groupby, product
 from typing import TextIO
 
-import ray
-
 from gdl_ray.families import FAMILIES
 from gdl_ray.train.validation import SCORE
+from jobs.cluster import places, whole_nodes
 
 COLUMNS = (SCORE, "test/bits_per_dim")
 """The scores that the table shows."""
@@ -100,9 +99,7 @@ def room(each: Mapping[str, float], workers: int) -> int:
         each: Ray resources of a worker.
         workers: the least that a run needs.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    held = sum(min(int(node.get(name, 0) // amount) for name, amount in each.items()) for node in nodes)
-    return max(1, held // workers)
+    return max(1, places(each, whole_nodes()) // workers)
 
 
 def sweep(runs: Sequence[Run], has_room_for: Callable[[], int]) -> int:

@@ -17,7 +17,7 @@ from gdl_ray.train.saver import Saver
 from gdl_ray.train.snapshot import Snapshot
 from gdl_ray.train.store import Saved, Store, patiently
 from gdl_ray.train.task import Task
-from gdl_ray.train.validation import SCORE, sample_grid, split_nats
+from gdl_ray.train.validation import SCORE, sample_grid, validation_score
 
 _TELL_S = 30.0
 
@@ -35,9 +35,7 @@ def validate(task: Task, name: str) -> tuple[float | None, bytes]:
     if not isinstance(model, Likelihood):
         return None, picture
     dataset = load(task.data, task.data_root)
-    examples = dataset.splits["validation"].first(task.plan.validation_examples)
-    nats = split_nats(model, examples, World(device=device))
-    return -dataset.spec.bits_per_dim(nats.mean), picture
+    return validation_score(model, dataset, task.plan.validation_examples, World(device=device)), picture
 
 
 class Judge:

@@ -28,7 +28,7 @@ from gdl_ray.train.micro import fitting, micro_batches
 from gdl_ray.train.parallel import World, distribute, fast_matrix_products, require_grad, sync_gradients
 from gdl_ray.train.plan import Plan, learning_rate
 from gdl_ray.train.snapshot import Memory, Snapshot
-from gdl_ray.train.validation import SCORE, sample_grid, split_nats
+from gdl_ray.train.validation import SCORE, sample_grid, validation_score
 
 _AGREE_STEPS = 10  # within which workers agree on the time, and on whether to stop
 _AGREE_S = 1.0  # within which they do, where steps are slow
@@ -312,9 +312,8 @@ class Training:
     def _validate(self, dataset: Dataset) -> dict[str, float]:
         if not isinstance(self.average, Likelihood):
             return {}
-        examples = dataset.splits["validation"].first(self.plan.validation_examples)
-        nats = split_nats(self.average, examples, self.world)
-        return self._take_score(-dataset.spec.bits_per_dim(nats.mean))
+        examples = self.plan.validation_examples
+        return self._take_score(validation_score(self.average, dataset, examples, self.world))
 
     def _take_score(self, score: float) -> dict[str, float]:
         """Remember the best score, and end training if there was none for long."""

@@ -1,8 +1,8 @@
 """Where the checkpoints of a run are kept: a folder of this machine, or of a bucket by an address like s3://...
 
-    run.json                    what was asked for, and the id of the MLflow run
-    step-00000250-1938f3a2c41/       a checkpoint; one without a manifest is half written, and passed over
-        score.json              how it was validated, where that was done after it was saved
+    run.json                        what was asked for, and the id of the MLflow run
+    step-00000250-1938f3a2c41/      a checkpoint; one without a manifest is half written, and passed over
+        score.json                  how it was validated, where that was done after it was saved
 
 What is in the store is all that a run needs to go on: on other workers, by another driver, after a power cut.
 """
@@ -28,8 +28,6 @@ from gdl_ray.train.snapshot import Snapshot
 _COUNTERS = "resume/counters.json"
 _SCORE_FILE = "score.json"
 _CHUNK_BYTES = 2**24
-
-
 _PATIENCE_S = 600.0  # how long a run that starts or ends waits for a store that does not answer
 _RETRY_S = 2.0
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from gdl_ray.data import Split, evaluation_batches
+from gdl_ray.data import Dataset, Split, evaluation_batches
 from gdl_ray.evaluate.likelihood import Nats, log_likelihood
 from gdl_ray.family import Family, Likelihood
 from gdl_ray.images import png_grid
@@ -29,6 +29,12 @@ def split_nats(model: Likelihood, split: Split, world: World) -> Nats:
     mine = log_likelihood(model, unlabelled, samples)
     sums = torch.tensor([mine.total, mine.squares, mine.examples], dtype=torch.float64, device=world.device)
     return Nats(*world.sum(sums).tolist())
+
+
+def validation_score(model: Likelihood, dataset: Dataset, examples: int, world: World) -> float:
+    """Measure bits/dim on the first examples of the validation split, each worker a share of them."""
+    nats = split_nats(model, dataset.splits["validation"].first(examples), world)
+    return -dataset.spec.bits_per_dim(nats.mean)
 
 
 def sample_grid(model: Family) -> bytes:

@@ -27,7 +27,7 @@ from gdl_ray.families import build
 from gdl_ray.families.vae import VAEConfig
 from gdl_ray.family import Batch, DataSpec, Density, Family, Losses, Optimization, Sampler
 from gdl_ray.random import normal
-from gdl_ray.train import checkpoint, loop, parallel
+from gdl_ray.train import checkpoint, parallel, validation
 from gdl_ray.train.checkpoint import Contents
 from gdl_ray.train.local import LocalRun
 from gdl_ray.train.loop import DivergenceError, Report, Training, train
@@ -449,7 +449,7 @@ def test_training_stops_when_validation_no_longer_improves(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nats = iter([-90.0, -80.0, -85.0, -81.0, -70.0])  # the second is best; two worse ones end it
-    monkeypatch.setattr(loop, "split_nats", lambda *_: Nats(next(nats), 0.0, 1.0))
+    monkeypatch.setattr(validation, "split_nats", lambda *_: Nats(next(nats), 0.0, 1.0))
     run = LocalRun(tmp_path)
     plan = replace(PLAN, budget=Budget(steps=1000), patience=2)
     train(build("vae", SMALL, digits.spec), digits, plan, run)
