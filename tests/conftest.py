@@ -1,10 +1,12 @@
 """Fixtures that several parts share."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,6 +19,10 @@ import torch
 from mlflow import MlflowClient
 
 from gdl_ray.data import Dataset, load
+from infra import local
+from infra.local import Platform
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +90,29 @@ def mlflow_on(port: int, folder: Path) -> Iterator[str]:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    """A platform of this test's own, on free ports."""
+    home = Path(tempfile.mkdtemp(prefix="gdl-test-"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "USUAL_PORTS", {})
+        try:
+            yield local.up(home)
+        finally:
+            local.down(home)
+            shutil.rmtree(local._temp_dir(home), ignore_errors=True)
+            shutil.rmtree(home)
+
+
+def start(platform: Platform, *arguments: str) -> "subprocess.Popen[str]":
+    """Run `ray job submit -- python -m jobs.train ...` as a user does."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.train", *arguments]
+    env = os.environ | {"RAY_ADDRESS": platform.urls["ray"]}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,11 @@
 """What the README promises, on a real platform: submit, train, register, serve, sample, follow, withdraw."""
 
 import json
-import os
-import shutil
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,38 +17,14 @@ from numpy.typing import NDArray
 
 from gdl_ray.client import Client, ServerProblem
 from gdl_ray.families import FAMILIES
-from infra import local
 from infra.local import Platform
 from infra.processes import tree
+from tests.conftest import start
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 MODEL = "digits-vae"
 ARGUMENTS = ["vae", "--data", "digits", "--workers", "2", "--steps", "100"]
 ARGUMENTS += ["--report-every", "10", "--checkpoint-every", "50"]
-
-
-@pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
-    """A platform of this test's own, on free ports."""
-    home = Path(tempfile.mkdtemp(prefix="gdl-test-"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "USUAL_PORTS", {})
-        try:
-            yield local.up(home)
-        finally:
-            local.down(home)
-            shutil.rmtree(local._temp_dir(home), ignore_errors=True)
-            shutil.rmtree(home)
-
-
-def start(platform: Platform, *arguments: str) -> "subprocess.Popen[str]":
-    """Run `ray job submit -- python -m jobs.train ...` as a user does."""
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.train", *arguments]
-    env = os.environ | {"RAY_ADDRESS": platform.urls["ray"]}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def submit(platform: Platform, *arguments: str) -> "subprocess.CompletedProcess[str]":

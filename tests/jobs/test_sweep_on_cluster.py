@@ -1,50 +1,19 @@
 """A sweep on a real platform: its drivers are separate runs, and one that is killed costs only its own."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 import pytest
 from mlflow import MlflowClient
 
-from infra import local
 from infra.local import Platform
 from infra.processes import tree
+from tests.conftest import start
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 ARGUMENTS = ["vae", "gan", "--seed", "0", "--name", "x", "--size", "0.5"]
 ARGUMENTS += ["--steps", "20", "--report-every", "10", "--checkpoint-every", "20"]
-
-
-@pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
-    """A platform of this test's own, on free ports."""
-    home = Path(tempfile.mkdtemp(prefix="gdl-test-"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "USUAL_PORTS", {})
-        try:
-            yield local.up(home)
-        finally:
-            local.down(home)
-            shutil.rmtree(local._temp_dir(home), ignore_errors=True)
-            shutil.rmtree(home)
-
-
-def start(platform: Platform, *arguments: str) -> "subprocess.Popen[str]":
-    """Submit a job as a user does."""
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.train", *arguments]
-    env = os.environ | {"RAY_ADDRESS": platform.urls["ray"]}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def driver(platform: Platform, run: str) -> psutil.Process:
