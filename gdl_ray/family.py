@@ -223,6 +223,9 @@ class Sampler(ABC):
     def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
         """Begin samples.
 
+        What is read of the options later on, the state holds under their own names: rows that are nobody's
+        are given the defaults there, which cost nothing. What a completion keeps is read here alone.
+
         Args:
             keys: noise keys, int64 (B,).
             labels: classes, int64 (B,); UNLABELLED asks for any.
@@ -236,12 +239,16 @@ class Sampler(ABC):
     def step(self, state: State, index: Tensor) -> State:
         """Advance each sample by its step number `index`, int64 (B,), from 0; may overwrite `state`.
 
-        A sample that is finished may be given its last step again; nobody reads what becomes of it.
+        What is overwritten in its place, the state returned holds as the same tensor. A row that is nobody's
+        is given step 0 again and again; nobody reads what becomes of it.
         """
 
     @abstractmethod
     def finish(self, state: State) -> Tensor:
-        """Read off the samples: uint8 (B, C, H, W) or int64 (B, T). Of unfinished ones, a preview."""
+        """Read off the samples: uint8 (B, C, H, W) or int64 (B, T). Of unfinished ones, a preview.
+
+        The state stays as it is.
+        """
 
     def settle(self, asked: Mapping[str, float]) -> dict[str, float]:
         """Complete options by their defaults.

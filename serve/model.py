@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from gdl_ray.engine import LIKELIHOOD, Engine, QueueFull, request_keys
+from gdl_ray.engine import LIKELIHOOD, Engine, QueueFull, request_keys, seeds_of
 from gdl_ray.families import key_of
 from gdl_ray.family import UNLABELLED, Batch, Completion, Decoder, Family, Latent, Likelihood
 from serve import api
@@ -69,7 +69,7 @@ class Model:
                 "log_likelihood_draws": api.MAX_DRAWS,
                 "log_likelihood_body_bytes": api.LIKELIHOOD_BODY_BYTES,
             },
-            "load": {"active": self.engine.active, "waiting": self.engine.waiting},
+            "load": asdict(self.engine.load),
         }
 
 
@@ -147,7 +147,7 @@ class ModelApp:
         seed = secrets.randbelow(api.MAX_SEED + 1) if asked.seed is None else asked.seed
         labels = torch.full((asked.n,), UNLABELLED if asked.label is None else asked.label)
         try:
-            job = model.engine.submit(seed, labels, asked.options)
+            job = model.engine.submit(seeds_of(seed, asked.n), labels, asked.options)
         except QueueFull as full:
             raise api.busy(f"{full}. Try again in a second.") from None
         # Cancelled with the request when its client is gone, which frees its slots.

@@ -68,7 +68,7 @@ def load(name: str, version: int) -> Model:
     engine = Engine(family)
     try:
         # The first sample is slower than all others: better ours than a user's.
-        engine.submit(0, torch.tensor([UNLABELLED])).future.result()
+        engine.submit(torch.tensor([0]), torch.tensor([UNLABELLED])).future.result()
     except Exception:
         engine.close(drain=False)
         raise

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdl_ray.engine import LIKELIHOOD, SAMPLES, Engine, QueueFull, request_keys
+from gdl_ray.engine import LIKELIHOOD, SAMPLES, Engine, Job, QueueFull, request_keys, seeds_of
 from gdl_ray.family import UNLABELLED, Batch, DataSpec, Density, Family, Losses, Option, Sampler, State, draw
 from gdl_ray.random import fold, normal
 
@@ -32,8 +32,8 @@ class Walk(Sampler):
 
     def step(self, state: State, index: Tensor) -> State:
         self.before_step(index)
-        going = state["steps_taken"] < self.steps  # others are finished, and nobody's
-        assert torch.equal(state["steps_taken"][going], index[going])
+        begun = index > 0  # others are new, or nobody's
+        assert torch.equal(state["steps_taken"][begun], index[begun])
         return {"key": fold(state["key"], index), "steps_taken": state["steps_taken"] + 1}
 
     def finish(self, state: State) -> Tensor:
@@ -114,6 +114,10 @@ def labels_of(n: int, label: int = UNLABELLED) -> Tensor:
     return torch.full((n,), label)
 
 
+def ask(engine: Engine, seed: int, labels: Tensor, options: Mapping[str, float] | None = None) -> Job:
+    return engine.submit(seeds_of(seed, len(labels)), labels, options)
+
+
 class Gate:
     """Lets the engine take steps one by one."""
 
@@ -145,7 +149,7 @@ class Gate:
 def test_samples_are_those_of_the_family_in_order(steps: int, n: int) -> None:
     family, labels = walk(steps), torch.arange(n) % 11 - 1
     with running(family) as engine:
-        result = engine.submit(7, labels).future.result(timeout=10)
+        result = ask(engine, 7, labels).future.result(timeout=10)
     assert torch.equal(result, family.sample(request_keys(7, n), labels))
 
 
@@ -155,7 +159,7 @@ def test_requests_from_many_threads_each_get_their_own_samples() -> None:
 
     def client(seed: int, engine: Engine) -> None:
         for n in (1, 3, 20):
-            result = engine.submit(seed, labels_of(n)).future.result(timeout=30)
+            result = ask(engine, seed, labels_of(n)).future.result(timeout=30)
             if not torch.equal(result, family.sample(request_keys(seed, n))):
                 wrong.append(seed)
 
@@ -166,23 +170,23 @@ def test_requests_from_many_threads_each_get_their_own_samples() -> None:
         for thread in threads:
             thread.join(timeout=30)
         assert not wrong
-        assert (engine.waiting, engine.active) == (0, 0)
+        assert (engine.load.waiting, engine.load.active) == (0, 0)
 
 
 def test_samples_join_and_leave_between_any_two_steps() -> None:
     gate = Gate()
     family = walk(4)
     with running(walk(4, gate)) as engine:
-        first = engine.submit(1, labels_of(2))
+        first = ask(engine, 1, labels_of(2))
         gate.wait()
-        second = engine.submit(2, labels_of(3))
+        second = ask(engine, 2, labels_of(3))
         gate.step()
-        assert sorted(gate.index.tolist()) == [0, 0, 0, 1, 1, 1, 1, 1]  # free slots repeat what they held
-        assert engine.active == 5
+        assert sorted(gate.index.tolist()) == [0, 0, 0, 0, 0, 0, 1, 1]  # three rows are nobody's
+        assert engine.load.active == 5
         gate.step(3)
         assert first.future.done()
         assert not second.future.done()
-        assert engine.active == 3
+        assert engine.load.active == 3
         gate.open()
         assert torch.equal(second.future.result(timeout=10), family.sample(request_keys(2, 3)))
         assert torch.equal(first.future.result(), family.sample(request_keys(1, 2)))
@@ -192,7 +196,7 @@ def test_samples_of_other_options_share_a_batch() -> None:
     family = Fake(Stride)
     asked: list[dict[str, float]] = [{}, {"steps": 9, "length": 2}, {"steps": 1}, {"length": 20}]
     with running(family) as engine:
-        jobs = [engine.submit(0, labels_of(3), each) for each in asked * 5]
+        jobs = [ask(engine, 0, labels_of(3), each) for each in asked * 5]
         drawn = [job.future.result(timeout=10).flatten().tolist() for job in jobs]
     assert drawn == [[3] * 3, [18] * 3, [1] * 3, [60] * 3] * 5
     assert family.sample(torch.arange(2), steps=9, length=2).flatten().tolist() == [18, 18]
@@ -209,7 +213,7 @@ def test_samples_of_other_options_share_a_batch() -> None:
 )
 def test_options_out_of_range_are_refused(asked: dict[str, float], told: str) -> None:
     with running(Fake(Stride)) as engine, pytest.raises(ValueError, match=told):
-        engine.submit(0, labels_of(1), asked)
+        ask(engine, 0, labels_of(1), asked)
     with pytest.raises(ValueError, match=told):
         draw(Stride(), torch.arange(1), None, asked)
 
@@ -224,20 +228,22 @@ def test_only_new_samples_are_started() -> None:
 
     with running(Fake(Counted)) as engine:
         for steps in (9, 1, 3, 1, 9):
-            drawn = engine.submit(0, labels_of(2), {"steps": steps}).future.result(timeout=10)
+            drawn = ask(engine, 0, labels_of(2), {"steps": steps}).future.result(timeout=10)
             assert drawn.flatten().tolist() == [steps, steps]
     assert starts == [8] * 5
 
 
-def test_a_large_request_is_cut_up_and_does_not_overtake() -> None:
+def test_a_large_request_is_cut_up_and_starves_nobody() -> None:
     gate = Gate()
     with running(walk(2, gate), slots=8) as engine:
-        large = engine.submit(1, labels_of(20))
-        small = engine.submit(2, labels_of(1))
+        large = ask(engine, 1, labels_of(20))
+        small = ask(engine, 2, labels_of(1))
         gate.wait()
-        gate.step(4)  # 8 + 8 samples are through, 4 + 1 under way
-        assert (engine.waiting, engine.active) == (0, 5)
-        assert not small.future.done()
+        gate.step(2)  # 8 samples are through, 7 + 1 under way
+        assert (engine.load.waiting, engine.load.active) == (5, 8)
+        gate.step(2)
+        assert small.future.done()
+        assert not large.future.done()
         gate.open()
         assert large.future.result(timeout=10).shape == (20, 1, 2, 2)
         assert small.future.result(timeout=10).shape == (1, 1, 2, 2)
@@ -246,14 +252,14 @@ def test_a_large_request_is_cut_up_and_does_not_overtake() -> None:
 def test_a_cancelled_job_frees_its_slots_at_the_next_step() -> None:
     gate = Gate()
     with running(walk(100, gate), slots=8) as engine:
-        dropped = engine.submit(1, labels_of(12))
+        dropped = ask(engine, 1, labels_of(12))
         gate.wait()
-        kept = engine.submit(2, labels_of(8))
-        assert engine.waiting >= 8
+        kept = ask(engine, 2, labels_of(8))
+        assert engine.load.waiting >= 8
         dropped.cancel()
-        assert engine.waiting == 8  # what waited of it is gone at once
+        assert engine.load.waiting == 8  # what waited of it is gone at once
         gate.step()
-        assert (engine.waiting, engine.active) == (0, 8)
+        assert (engine.load.waiting, engine.load.active) == (0, 8)
         assert gate.index.tolist() == [0] * 8
         gate.open()
         assert torch.equal(kept.future.result(timeout=10), walk(100).sample(request_keys(2, 8)))
@@ -264,15 +270,15 @@ def test_a_cancelled_job_frees_its_slots_at_the_next_step() -> None:
 def test_the_queue_is_bounded_in_samples() -> None:
     gate = Gate()
     with running(walk(1, gate), slots=8, queue_samples=20) as engine:
-        engine.submit(0, labels_of(8))
+        ask(engine, 0, labels_of(8))
         gate.wait()
-        waiting = engine.submit(1, labels_of(15))
+        waiting = ask(engine, 1, labels_of(15))
         with pytest.raises(QueueFull, match="15 samples wait, 20 may; 6 more asked"):
-            engine.submit(2, labels_of(6))
-        engine.submit(3, labels_of(5))
+            ask(engine, 2, labels_of(6))
+        ask(engine, 3, labels_of(5))
         waiting.cancel()
-        engine.submit(2, labels_of(6))
-        assert engine.waiting == 11
+        ask(engine, 2, labels_of(6))
+        assert engine.load.waiting == 11
         gate.open()
 
 
@@ -286,9 +292,9 @@ def test_a_sampler_that_raises_fails_its_jobs_and_no_others() -> None:
             raise failures.pop()
 
     with running(walk(3, step), slots=8) as engine:
-        broken = engine.submit(1, labels_of(10))
+        broken = ask(engine, 1, labels_of(10))
         gate.wait()
-        later = engine.submit(2, labels_of(2))
+        later = ask(engine, 2, labels_of(2))
         gate.open()
         with pytest.raises(ArithmeticError, match="loss of precision"):
             broken.future.result(timeout=10)
@@ -297,11 +303,11 @@ def test_a_sampler_that_raises_fails_its_jobs_and_no_others() -> None:
 
 def test_a_label_that_breaks_the_sampler_does_not_stay_in_its_row() -> None:
     with running(walk(3), slots=8) as engine:
-        broken = engine.submit(1, labels_of(8, SPEC.classes))
+        broken = ask(engine, 1, labels_of(8, SPEC.classes))
         with pytest.raises(AssertionError, match="no such class"):
             broken.future.result(timeout=10)
         for n in (1, 8, 20):
-            result = engine.submit(2, labels_of(n)).future.result(timeout=10)
+            result = ask(engine, 2, labels_of(n)).future.result(timeout=10)
             assert torch.equal(result, walk(3).sample(request_keys(2, n)))
 
 
@@ -317,16 +323,16 @@ def test_an_engine_that_itself_fails_lives_on(monkeypatch: pytest.MonkeyPatch, m
     monkeypatch.setattr(torch, "cat", without_memory)
     with running(walk(3)) as engine:
         with pytest.raises(MemoryError):
-            engine.submit(1, labels_of(2)).future.result(timeout=10)
-        assert (engine.waiting, engine.active) == (0, 0)
-        result = engine.submit(1, labels_of(2)).future.result(timeout=10)
+            ask(engine, 1, labels_of(2)).future.result(timeout=10)
+        assert (engine.load.waiting, engine.load.active) == (0, 0)
+        result = ask(engine, 1, labels_of(2)).future.result(timeout=10)
         assert torch.equal(result, walk(3).sample(request_keys(1, 2)))
 
 
 @pytest.mark.parametrize("drain", [True, False])
 def test_close_finishes_or_cancels_what_is_held(drain: bool) -> None:
     engine = Engine(walk(3, lambda index: time.sleep(0.01)), slots=8)
-    jobs = [engine.submit(seed, labels_of(5)) for seed in range(4)]
+    jobs = [ask(engine, seed, labels_of(5)) for seed in range(4)]
     engine.close(drain)
     for seed, job in enumerate(jobs):
         assert job.future.done()
@@ -334,31 +340,44 @@ def test_close_finishes_or_cancels_what_is_held(drain: bool) -> None:
             assert torch.equal(job.future.result(), walk(3).sample(request_keys(seed, 5)))
     assert jobs[-1].future.cancelled() is not drain
     with pytest.raises(RuntimeError, match="closed"):
-        engine.submit(0, labels_of(1))
+        ask(engine, 0, labels_of(1))
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 3), ()])
-def test_labels_that_are_not_a_row_are_refused(shape: tuple[int, ...]) -> None:
-    with running(walk(1)) as engine, pytest.raises(ValueError, match="n >= 1"):
-        engine.submit(0, torch.zeros(shape, dtype=torch.int64))
+def test_seeds_and_labels_that_are_not_a_row_are_refused(shape: tuple[int, ...]) -> None:
+    column = torch.zeros(shape, dtype=torch.int64)
+    with running(walk(1)) as engine:
+        with pytest.raises(ValueError, match=r"labels \(.*n >= 1"):
+            engine.submit(torch.tensor([7]), column)
+        with pytest.raises(ValueError, match=r"seeds \(.*n >= 1"):
+            engine.submit(column, torch.tensor([7]))
 
 
 @pytest.mark.parametrize(
-    ("seed", "labels", "complaint"),
+    ("seeds", "labels", "complaint"),
     [
-        (-1, labels_of(1), "seed=-1"),
-        (2**53, labels_of(1), "seed=9007199254740992"),
-        (2**63, labels_of(1), "seed=9223372036854775808"),
-        (0, labels_of(1).to(torch.int32), "torch.int32 on cpu"),
-        (0, labels_of(1).to(torch.float32), "torch.float32 on cpu"),
-        (0, labels_of(1).to("meta"), "torch.int64 on meta"),
+        (torch.tensor([0, -1]), labels_of(2), "seeds hold -1"),
+        (torch.tensor([2**53, 0]), labels_of(2), "seeds hold 9007199254740992"),
+        (torch.tensor([0.0]), labels_of(1), "seeds are torch.float32 on cpu"),
+        (torch.tensor([0]), labels_of(1).to(torch.int32), "labels are torch.int32 on cpu"),
+        (torch.tensor([0]), labels_of(1).to("meta"), "labels are torch.int64 on meta"),
+        (torch.tensor([0, 1]), labels_of(3), "labels are 3 for 2 seeds"),
     ],
 )
-def test_what_the_engine_cannot_draw_is_refused_at_once(seed: int, labels: Tensor, complaint: str) -> None:
+def test_what_the_engine_cannot_draw_is_refused_at_once(
+    seeds: Tensor, labels: Tensor, complaint: str
+) -> None:
     with running(walk(1)) as engine:
         with pytest.raises(ValueError, match=complaint):
-            engine.submit(seed, labels)
-        assert engine.submit(2**53 - 1, labels_of(1)).future.result(timeout=10).shape == (1, 1, 2, 2)
+            engine.submit(seeds, labels)
+        drawn = engine.submit(torch.tensor([0, 2**53 - 1]), labels_of(2)).future.result(timeout=10)
+        assert drawn.shape == (2, 1, 2, 2)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**53, 2**63])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed={seed}"):
+        seeds_of(seed, 1)
 
 
 @pytest.mark.parametrize(
@@ -377,13 +396,13 @@ def test_a_sample_is_bit_identical_alone_and_in_a_crowd(net: nn.Module) -> None:
     family = Fake(lambda: Net(net.eval()))
     family.net = net
     with running(family, slots=64) as engine:
-        alone = engine.submit(7, labels_of(5)).future.result(timeout=10)
+        alone = ask(engine, 7, labels_of(5)).future.result(timeout=10)
         for n in range(1, 5):
-            assert torch.equal(engine.submit(7, labels_of(n)).future.result(timeout=10), alone[:n])
+            assert torch.equal(ask(engine, 7, labels_of(n)).future.result(timeout=10), alone[:n])
         for round_ in range(20):
-            crowd = [engine.submit(100 * round_ + i, labels_of(i)) for i in range(1, 9)]
-            amid = engine.submit(7, labels_of(5))
-            crowd += [engine.submit(100 * round_ + i, labels_of(i)) for i in range(9, 12)]
+            crowd = [ask(engine, 100 * round_ + i, labels_of(i)) for i in range(1, 9)]
+            amid = ask(engine, 7, labels_of(5))
+            crowd += [ask(engine, 100 * round_ + i, labels_of(i)) for i in range(9, 12)]
             assert torch.equal(amid.future.result(timeout=10), alone)
             for job in crowd:
                 job.future.result(timeout=10)

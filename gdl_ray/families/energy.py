@@ -169,7 +169,9 @@ def langevin(
         Where the chains are now, and whether they moved, bool (R, 1).
     """
     u = uniform(key, (2,), _MOVES + 1 + 2 * number)
-    keep = torch.exp(-size * torch.as_tensor(beta).rsqrt() * _SPREAD ** -u[:, :1])
+    # Not by `**`, whose last bit on a CPU depends on where in a tensor a value stands.
+    share = torch.exp(-math.log(_SPREAD) * u[:, :1])
+    keep = torch.exp(-size * torch.as_tensor(beta).rsqrt() * share)
     noise = normal(key, (at.z.shape[1],), _MOVES + 2 * number)
     forth = beta * free * at.slope
     z = at.z + free * ((1 - keep) * (forth - at.z) + (1 - keep.square()).sqrt() * noise)
@@ -341,22 +343,23 @@ class _AnnealedSampler(Sampler):
     """Chains from the base to the model, a temperature a step; what is known of an example stays in place."""
 
     def __init__(self, model: Energy, x: Tensor | None = None, known: Tensor | None = None):
-        self.model, self.known = model, known
-        self.x = None if x is None or known is None else torch.where(known, x, 0)
+        self.model = model
+        self.given = None if x is None or known is None else (torch.where(known, x, 0), known)
         self.steps = model.config.temperatures
         steps = replace(_STEPS, default=self.steps)
         self.options = {"guidance": GUIDANCE, "metropolis": _METROPOLIS, "steps": steps}
 
     def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
         z = normal(keys, (self.model.spec.dims,), _START)
-        free = torch.ones_like(z)
-        if self.x is not None and self.known is not None:
+        blank = z.new_zeros(len(z), *self.model.spec.shape, dtype=torch.uint8)
+        x, known = self.given or (blank, blank.bool())
+        free = known.flatten(1).logical_not().float()
+        if self.given:
             u = uniform(keys, (self.model.spec.dims,), _BITS)
-            free = self.known.flatten(1).logical_not().float()
-            z = torch.where(free == 1, z, self.model.marginal(self.x.flatten(1), u)[0])
+            z = torch.where(free == 1, z, self.model.marginal(x.flatten(1), u)[0])
         classes = F.one_hot(labels.clamp(min=0), max(1, self.model.spec.classes))
         weight = options["guidance"] * (labels != UNLABELLED)
-        state = {"key": keys, "free": free, "pull": weight[:, None] * classes}
+        state = {"key": keys, "x": x, "known": known, "free": free, "pull": weight[:, None] * classes}
         tilt, slope = self.model.tilt(z, state["pull"])
         options = {name: options[name][:, None] for name in ("metropolis", "steps")}
         return {**state, **options, "z": z, "tilt": tilt, "slope": slope}
@@ -377,7 +380,7 @@ class _AnnealedSampler(Sampler):
 
     def finish(self, state: State) -> Tensor:
         x = self.model.marginal.inverse(state["z"])[0].view(-1, *self.model.spec.shape).to(torch.uint8)
-        return x if self.x is None or self.known is None else torch.where(self.known, self.x, x)
+        return torch.where(state["known"], state["x"], x)
 
 
 def _network(config: EnergyConfig, spec: DataSpec) -> nn.Sequential:

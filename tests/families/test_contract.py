@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gdl_ray.data import Dataset, training_batch
-from gdl_ray.engine import Engine, request_keys
+from gdl_ray.engine import Engine, request_keys, seeds_of
 from gdl_ray.families import FAMILIES, build, preset
 from gdl_ray.family import (
     UNLABELLED,
@@ -191,10 +191,10 @@ def test_a_sample_from_the_engine_is_the_same_alone_and_in_company(key: str) -> 
     labels = torch.tensor([1, UNLABELLED, 3])
     engine = Engine(model)
     try:
-        alone = engine.submit(7, labels, options).future.result(timeout=120)
-        company = [engine.submit(1, torch.full((20,), 5))]
-        amid = engine.submit(7, labels, options)
-        company.append(engine.submit(2, torch.full((30,), UNLABELLED), options))
+        alone = engine.submit(seeds_of(7, 3), labels, options).future.result(timeout=120)
+        company = [engine.submit(seeds_of(1, 20), torch.full((20,), 5))]
+        amid = engine.submit(seeds_of(7, 3), labels, options)
+        company.append(engine.submit(seeds_of(2, 30), torch.full((30,), UNLABELLED), options))
         assert torch.equal(amid.future.result(timeout=120), alone)
         assert [len(job.future.result(timeout=120)) for job in company] == [20, 30]
     finally:

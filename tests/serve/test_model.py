@@ -232,18 +232,18 @@ def test_the_samples_of_a_client_that_left_are_given_up(serve_family: Any, expli
     async def leave() -> None:
         scope = {"type": "http", "method": "POST", "path": "/sample", "root_path": "", "headers": []}
         request = asyncio.create_task(served.app(scope, receive, send))
-        while engine.waiting != 32:
+        while engine.load.waiting != 32:
             await asyncio.sleep(0.01)
         request.cancel()  # what Serve does when the connection closes
         await asyncio.wait([request])
 
     asyncio.run(leave())
-    assert engine.waiting == 0
+    assert engine.load.waiting == 0
     explicit.gate.set()
     deadline = time.monotonic() + 10
-    while engine.active and time.monotonic() < deadline:
+    while engine.load.active and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert engine.active == 0
+    assert engine.load.active == 0
 
 
 def test_the_card_tells_what_may_be_asked(serve_family: Any, explicit: Any, implicit: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from ray.serve.schema import ApplicationStatus
 
 from gdl_ray import registry
-from gdl_ray.engine import Engine
+from gdl_ray.engine import Engine, seeds_of
 from serve import operator, replica
 from serve.catalog import Catalog
 from serve.model import Model
@@ -157,7 +157,7 @@ def test_a_new_version_takes_over_and_the_old_one_finishes(loaded: list[Model]) 
     async def swap() -> None:
         served = replica.ModelReplica("toy")
         app = served.__serve_build_asgi_app__()
-        old = loaded[0].engine.submit(7, torch.full((20,), -1))
+        old = loaded[0].engine.submit(seeds_of(7, 20), torch.full((20,), -1))
         await served._swap(2)
         assert old.future.done()
         assert not old.future.cancelled()
