@@ -2,12 +2,20 @@
 
 A version holds the files of a checkpoint that serving needs, beside the code that reads them: safetensors,
 JSON, no pickle. The alias `champion` names the version that is served.
+
+References:
+    Standard Webhooks, 2023, whose signatures MLflow's events carry. https://www.standardwebhooks.com
 """
 
+import base64
+import hashlib
+import hmac
+import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +27,8 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from mlflow import MlflowClient
+from mlflow.entities.webhook import Webhook, WebhookEventStr
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.models import set_model as set_model  # for pyfunc.py
 from mlflow.pyfunc.model import PythonModel
@@ -37,6 +47,26 @@ CHAMPION = "champion"
 
 SCORES = ("validation/", "test/")
 """Beginnings of the names of the scores that are written on a version."""
+
+EVENTS: tuple[WebhookEventStr, ...] = (
+    "registered_model.created",
+    "model_version.created",
+    "model_version_alias.created",
+    "model_version_alias.deleted",
+    "model_version_tag.set",
+    "model_version_tag.deleted",
+)
+"""What `hook` has the registry tell of. It tells of nothing else yet: not of a model's own tags, nor of what
+is deleted, so that whoever listens must look from time to time as well."""
+
+MAX_AGE_S = 300.0
+"""Age at which an event is too old to be believed, as Standard Webhooks advise; MLflow tries for less."""
+
+log = logging.getLogger(__name__)
+
+
+class VersionNotFound(Exception):  # noqa: N818  (a state of the world, as RegistryUnavailable)
+    """The registry has no such version."""
 
 
 def model_name(dataset: str, family: str) -> str:
@@ -83,7 +113,7 @@ def register(run_id: str, directory: Path, promote: bool, scores: Mapping[str, f
     return _described(name, version, champion)
 
 
-def registered(run_id: str, name: str) -> tuple[Version, dict[str, float]] | None:
+def registered_by(run_id: str, name: str) -> tuple[Version, dict[str, float]] | None:
     """Look up the version that a run has registered, and its scores; None if it has not."""
     version = _version_of(run_id, name)
     if version is None:
@@ -176,41 +206,95 @@ class GenerativeModel(PythonModel):
         return samples
 
 
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A registered model."""
+
+    aliases: Mapping[str, int] = field(default_factory=dict)
+    """Versions by alias."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Of the model itself, such as `serve.replicas`."""
+    latest: int = 0
+    """Its newest version; 0 if it has none."""
+
+
+def registered() -> dict[str, Registered]:
+    """List the registered models by name.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    client = MlflowClient(tracking_uri())
+    found: dict[str, Registered] = {}
+    page: str | None = ""
+    while page is not None:
+        models = ask(client.search_registered_models, page_token=page or None)
+        found |= {model.name: _registered(model) for model in models}
+        page = models.token or None
+    return found
+
+
+def _registered(model: Any) -> Registered:
+    aliases = {alias: int(version) for alias, version in model.aliases.items()}
+    latest = max((int(newest.version) for newest in model.latest_versions or ()), default=0)
+    return Registered(aliases, dict(model.tags), latest)
+
+
 def champions() -> dict[str, int]:
     """List the registered models that have a champion, with its version.
 
     Raises:
         RegistryUnavailable: if the server does not answer.
     """
-    client = MlflowClient(tracking_uri())
-    found: dict[str, int] = {}
-    page: str | None = ""
-    while page is not None:
-        models = ask(client.search_registered_models, page_token=page or None)
-        found |= {model.name: int(model.aliases[CHAMPION]) for model in models if CHAMPION in model.aliases}
-        page = models.token or None
-    return found
+    models = registered().items()
+    return {name: model.aliases[CHAMPION] for name, model in models if CHAMPION in model.aliases}
 
 
-def describe(name: str, version: int) -> dict[str, Any]:
-    """Look up what the registry knows of a version: its run, when it was made, and its scores.
+def exists(name: str, version: int) -> bool:
+    """Tell whether a registered model has a version of that number.
 
     Raises:
         RegistryUnavailable: if the server does not answer.
     """
-    found = ask(MlflowClient(tracking_uri()).get_model_version, name, str(version))
+    try:
+        _look_up(name, version)
+    except VersionNotFound:
+        return False
+    return True
+
+
+def describe(name: str, version: int) -> dict[str, Any]:
+    """Look up what the registry knows of a version: its run, when it was made, its scores and its other tags.
+
+    Raises:
+        VersionNotFound: if there is none.
+        RegistryUnavailable: if the server does not answer.
+    """
+    found = _look_up(name, version)
     scores = {key: float(value) for key, value in found.tags.items() if key.startswith(SCORES)}
-    return {"run_id": found.run_id, "created_ms": found.creation_timestamp, "metrics": scores}
+    tags = {key: value for key, value in found.tags.items() if key not in scores}
+    return {"run_id": found.run_id, "created_ms": found.creation_timestamp, "metrics": scores, "tags": tags}
+
+
+def _look_up(name: str, version: int) -> Any:
+    """Ask for a version, as MLflow describes it."""
+    try:
+        return ask(MlflowClient(tracking_uri()).get_model_version, name, str(version))
+    except MlflowException as error:
+        # A number that cannot be a version's, 0 for one, is called invalid.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise VersionNotFound(f"{name} has no version {version}") from error
+        raise
 
 
 def fetch(name: str, version: int) -> Path:
     """Download a version's checkpoint, once; returns its folder.
 
     Raises:
+        VersionNotFound: if there is none.
         RegistryUnavailable: if the server does not answer.
     """
-    client = MlflowClient(tracking_uri())
-    found = ask(client.get_model_version, name, str(version))
+    found = _look_up(name, version)
     # The run tells versions of the same number apart after a registry was made anew.
     folder = home() / "models" / name / f"{version}-{found.run_id}"
     if not _is_intact(folder):
@@ -229,3 +313,61 @@ def _is_intact(folder: Path) -> bool:
     except checkpoint.DamagedCheckpointError:
         return False
     return True
+
+
+def hook(url: str, secret: str) -> bool:
+    """Have the registry POST its events to an address, signed; again with another secret replaces it.
+
+    Args:
+        url: of whoever listens; each has one hook.
+        secret: signs the events, as `signed` checks. A new one reaches the server's processes within their
+            MLFLOW_WEBHOOK_CACHE_TTL.
+
+    Returns:
+        Whether it will; the log says why not, for many servers refuse hooks, or those to private addresses.
+    """
+    try:
+        client = MlflowClient(tracking_uri())
+        ours = [hook.webhook_id for hook in _hooks(client) if hook.url == url]
+        settings: dict[str, Any] = {"events": list(EVENTS), "secret": secret}
+        if ours:
+            ask(client.update_webhook, ours[0], status="ACTIVE", **settings)
+        else:
+            ask(client.create_webhook, "gdl_ray", url, **settings)
+        for double in ours[1:]:  # two have asked at the same moment
+            ask(client.delete_webhook, double)
+    except (MlflowException, RegistryUnavailable) as error:
+        log.warning("the registry will not tell %s of its events: %s", url, error)
+        return False
+    return True
+
+
+def _hooks(client: MlflowClient) -> list[Webhook]:
+    """List all hooks that the server has."""
+    found: list[Webhook] = []
+    page: str | None = ""
+    while page is not None:
+        hooks = ask(client.list_webhooks, page_token=page or None)
+        found += hooks
+        page = hooks.token or None
+    return found
+
+
+def signed(headers: Mapping[str, str], body: bytes, secret: str) -> bool:
+    """Tell whether an event comes from a registry that knows the secret, and is not an old one sent again.
+
+    Args:
+        headers: of the request, in lower case or of a mapping to which case is nothing.
+        body: as received, byte for byte.
+        secret: that of `hook`.
+    """
+    identity, sent_s, signatures = (
+        headers.get(f"x-mlflow-{name}", "") for name in ("delivery-id", "timestamp", "signature")
+    )
+    if not (sent_s.isascii() and sent_s.isdigit() and abs(time.time() - int(sent_s)) <= MAX_AGE_S):
+        return False
+    content = f"{identity}.{sent_s}.".encode() + body
+    digest = base64.b64encode(hmac.digest(secret.encode(), content, hashlib.sha256)).decode()
+    expected = f"v1,{digest}".encode()
+    # There may be several, while a secret is replaced by another.
+    return any(hmac.compare_digest(expected, one.encode()) for one in signatures.split())

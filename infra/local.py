@@ -5,11 +5,13 @@ What runs is written into `platform.json` there the moment it is started, so tha
 reuses or ends it.
 """
 
+import base64
 import fcntl
 import hashlib
 import json
 import os
 import random
+import secrets
 import shutil
 import socket
 import sys
@@ -249,10 +251,40 @@ def _mlflow(platform: Platform) -> tuple[list[str], dict[str, str]]:
         "artifacts-destination": home / "artifacts",
     }
     command = [str(Path(sys.executable).with_name("mlflow")), "server"]
-    # The server's own job queue (for judging language models) would be nine more processes.
-    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    env = os.environ | mlflow_settings(home)
     env.pop("MLFLOW_TRACKING_URI", None)
     return [*command, *(f"--{name}={value}" for name, value in options.items())], env
+
+
+def mlflow_settings(home: Path) -> dict[str, str]:
+    """Make the settings of an MLflow server that tells its events to others on loopback."""
+    return {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # The server's own job queue (for judging language models) would be nine more processes.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # Serve listens on loopback, and speaks plain HTTP there.
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": _webhook_key(home / "mlflow-webhooks.key"),
+        # A hook is heeded from the first event on, not a minute later.
+        "MLFLOW_WEBHOOK_CACHE_TTL": "0",
+        "MLFLOW_WEBHOOK_REQUEST_TIMEOUT": "5",
+    }
+
+
+def _webhook_key(file: Path) -> str:
+    """Read the key by which MLflow encrypts what signs its events, made the first time.
+
+    Another key would make what is in the database unreadable, and MLflow fail on it.
+    """
+    if not file.exists():
+        key = base64.urlsafe_b64encode(secrets.token_bytes(32))  # a Fernet key
+        new = file.with_name(f"{file.name}.new")
+        new.unlink(missing_ok=True)
+        new.touch(mode=0o600)
+        new.write_bytes(key)
+        new.replace(file)
+    return file.read_text()
 
 
 def _serve(platform: Platform) -> tuple[list[str], dict[str, str]]:

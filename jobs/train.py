@@ -164,7 +164,7 @@ def run(options: Options[Any], plan: Plan, dataset: Dataset) -> int:
 
 def _registered(held: Run, options: Options[Any]) -> tuple[registry.Version, dict[str, float]] | None:
     """Look up the version of a run that had come to its end before."""
-    found = registry.registered(held.id, registry.model_name(options.data, options.family))
+    found = registry.registered_by(held.id, registry.model_name(options.data, options.family))
     if found and held.record["is_finished"]:
         print(f"jobs.train: run {held.name} is finished", flush=True)
         return found

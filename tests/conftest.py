@@ -77,7 +77,7 @@ def mlflow_on(port: int, folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
-    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env = os.environ | local.mlflow_settings(folder)
     uri = f"http://127.0.0.1:{port}"
     with (folder / "log").open("a") as log:
         # A group of its own: the server has children, and the test ends them all.
