@@ -379,6 +379,11 @@ class Unnormalized(Likelihood):
 class Decoder(ABC):
     """A family that turns latents into data."""
 
+    @property
+    @abstractmethod
+    def latent_dims(self) -> int:
+        """Number of values in a latent: D."""
+
     @abstractmethod
     def decode(self, z: Tensor, labels: Tensor) -> Tensor:
         """Map latents, float (B, D), to the data they stand for, as in Batch."""

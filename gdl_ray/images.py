@@ -27,10 +27,19 @@ def png_grid(x: Tensor, levels: int, columns: int = 0) -> bytes:
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     cells = torch.zeros(rows * columns, channels, height + 1, width + 1, dtype=torch.uint8)
-    cells[:count, :, :height, :width] = (x.float() * (255 / (levels - 1))).round().to(torch.uint8)
+    cells[:count, :, :height, :width] = _shades(x, levels)
     grid = cells.view(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2)
     pixels = grid.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
     return _png(pixels.numpy(), scale=max(1, math.ceil(_MIN_SIDE / min(height, width))))
+
+
+def png(image: Tensor, levels: int) -> bytes:
+    """Write one image at its own size: uint8 (C, H, W) in [0, levels - 1], with 1 or 3 channels."""
+    return _png(_shades(image, levels).permute(1, 2, 0).numpy(), scale=1)
+
+
+def _shades(x: Tensor, levels: int) -> Tensor:
+    return (x.float() * (255 / (levels - 1))).round().to(torch.uint8)
 
 
 def _png(pixels: npt.NDArray[np.uint8], scale: int) -> bytes:

@@ -65,7 +65,9 @@ class Entry:
     n: int | None = None
     seed: int | None = None
     status: int
-    """Of the HTTP answer."""
+    """Of the HTTP answer; 0 where the client was gone before it."""
+    problem: str | None = None
+    """What was wrong."""
     seconds: float
     bytes: int
     """Length of the answer's body."""
@@ -109,8 +111,9 @@ class Audit:
     def close(self) -> None:
         """Write down what waits, and end."""
         self._waiting.join()
-        if self._lost and self._put({"lost": self._lost}):
-            self._waiting.join()
+        if self._lost:
+            self._put({"lost": self._lost})
+            self._waiting.join()  # `stop` needs room for a word of its own
         self._writer.stop()
         self._disk.close()
 

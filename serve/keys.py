@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from gdl_ray.home import home
-from serve.api import FieldProblem, Problem, invalid
+from serve.problems import FieldProblem, Problem, invalid
 
 SCOPES = ("read", "sample", "infer", "metrics")
 """What a key may be for: to list and describe models, to draw samples, to ask about data, to watch."""

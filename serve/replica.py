@@ -1,38 +1,68 @@
-"""The Ray Serve application of one registered model.
+"""A replica: it holds models and their engines, and answers HTTP itself, so that a request takes one hop.
 
-The ingress replica itself holds the model and its engine: a request takes one hop. It asks the catalog which
-version is wanted, loads a new one beside the old one and swaps, so no request is lost or kept waiting. (A
-changed `user_config` would do it too, but Serve takes a replica out of the ingress while it is reconfigured,
-which reloads HAProxy twice and sends requests the long way round until the version is loaded.)
+It asks the operator which versions are wanted, loads new ones beside the old ones and swaps, so no request is
+lost or kept waiting. (A changed `user_config` would do it too, but Serve takes a replica out of the ingress
+while it is reconfigured, which reloads HAProxy twice and sends requests the long way round meanwhile.)
 """
 
 import asyncio
 import logging
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import ray
 import ray.serve._private.replica as ray_replica
 import torch
 from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from gdl_ray import registry
-from gdl_ray.engine import Engine
-from gdl_ray.family import UNLABELLED
-from gdl_ray.train.checkpoint import load_family
-from serve.model import Model, ModelApp
+from serve.app import App
+from serve.audit import Audit
+from serve.directory import Directory
+from serve.keys import Keyring
+from serve.metrics import Meter
+from serve.model import Model, load
+from serve.pages import build_pages
+from serve.scaling import SAMPLES, autoscaling
+from serve.shelf import Shelf
 
-CATALOG = "catalog"
-"""Name of the catalog's application."""
-PERIOD_S = 1.0
-"""Seconds between a replica's questions to the catalog."""
-RETRY_S = 5.0
-"""Seconds until a version that could not be loaded is tried again."""
+APPLICATION = "gdl_ray"
+"""Name of the application that all models share."""
+OPERATOR = "Operator"
+"""Name of its deployment that knows the registry."""
+RETRY_S = 1.0
+"""Seconds until an operator that does not answer is asked again."""
+DRAIN_S = 120.0
+"""Longest that a replica that is ended works on what it holds."""
 LISTEN_S = 60.0
 """Seconds after its construction in which a replica surely has begun to listen."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the operator of the platform decides of the service."""
+
+    url: str = ""
+    """Where the service listens."""
+    require_keys: bool = False
+    """Whether a request needs an API key; else one that is given must be valid all the same."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of pages that browsers may let ask; none by default."""
+    replicas: tuple[int, int] = (1, 1)
+    """Least and most replicas of the pool."""
+    gpus: float = 0.0
+    """GPUs of each, or the share of one."""
+    models: int = 32
+    """Most versions that a replica holds."""
 
 
 def listen_on_node_address() -> None:
@@ -58,88 +88,99 @@ def listen_on_node_address() -> None:
     asyncio.get_running_loop().call_later(LISTEN_S, check)
 
 
-def load(name: str, version: int) -> Model:
-    """Fetch a version from the registry and make it ready to answer; blocks.
+class Replica:
+    """Answers HTTP for the models of a shelf.
 
-    Raises:
-        registry.RegistryUnavailable: the registry does not answer.
+    Args:
+        own: the model that it is for; empty for those of the pool.
+        settings: of the service.
+        operator: where it is in the same application.
     """
-    family = load_family(registry.fetch(name, version))
-    engine = Engine(family)
-    try:
-        # The first sample is slower than all others: better ours than a user's.
-        engine.submit(torch.tensor([0]), torch.tensor([UNLABELLED])).future.result()
-    except Exception:
-        engine.close(drain=False)
-        raise
-    return Model(name, version, family, engine)
 
-
-class ModelReplica:
-    """Holds the champion of one registered model."""
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, own: str, settings: Settings, operator: "DeploymentHandle[Any] | None" = None) -> None:
         torch.set_num_threads(1)  # the cores belong to training; replicas scale by number
         # The engine's thread gives the interpreter away at every torch operation, and by default waits up to
         # 5 ms for a busy event loop to give it back.
         sys.setswitchinterval(0.0002)
-        self._http = ModelApp(name)
-        try:
-            # Blocks: Serve holds requests back until a replica is constructed.
-            self._http.model = load(name, registry.champions()[name])
-        except Exception as error:  # told to those who ask, and tried again
-            log.exception("the champion of %s could not be loaded", name)
-            self._http.failure = f"its champion could not be loaded: {error}"
-        # Serve constructs a replica on the event loop that later runs its requests.
+        self._own = own
+        self._operator = operator or serve.get_deployment_handle(OPERATOR, APPLICATION)
+        self._meter = Meter()
+        self._keyring = Keyring(settings.require_keys)
+        self._shelf = Shelf(settings.models, load, registry.exists, self._meter)
+        app: ASGIApp = App(self._shelf, self._keyring, self._meter, Audit(), build_pages(), self._refresh)
+        if settings.cors_origins:
+            app = CORSMiddleware(
+                app, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+            )
+        self._app = app
         self._following = asyncio.get_running_loop().create_task(self._follow())
         listen_on_node_address()
 
-    def __serve_build_asgi_app__(self) -> ModelApp:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """Tell Serve the application that answers this replica's requests."""
-        return self._http
+        return self._app
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Serve how many samples wait or are drawn."""
+        loads = [each for model in self._shelf.models for each in model.loads.values()]
+        return {SAMPLES: float(sum(each.active + each.waiting for each in loads))}
+
+    async def _refresh(self) -> None:
+        await self._operator.refresh.remote()
 
     async def _follow(self) -> None:
-        """Ask the catalog for ever which version is wanted, and serve it."""
+        """Ask the operator for ever what is wanted, and make it so."""
+        name = serve.get_replica_context().replica_id.unique_id
         while True:
-            await asyncio.sleep(RETRY_S if self._http.failure else PERIOD_S)
-            served = self._http.model.version if self._http.model else None
-            question = (self._http.name, served, self._http.failure)
+            serial = self._shelf.directory.serial
+            question = (name, self._own, self._shelf.report(), serial)
             try:
-                wanted: int | None = await serve.get_app_handle(CATALOG).follow.remote(*question)
-            except Exception:  # while the catalog restarts, all stays as it is
-                log.warning("the catalog does not answer", exc_info=True)
-                continue
-            if wanted == served:
-                self._http.failure = None
-            elif wanted is not None:
-                await self._swap(wanted)
+                directory: Directory = await self._operator.watch.remote(*question)
+                if directory.serial:
+                    self._keyring.update(
+                        [dict(record) for record in directory.keys], share=1 / directory.replicas
+                    )
+                    await self._shelf.follow(directory, self._at_home(directory))
+            except Exception:  # while the operator restarts, all stays as it is
+                log.warning("following the operator failed", exc_info=True)
+                await asyncio.sleep(RETRY_S)
+            for name, models in groupby(sorted(self._shelf.models, key=_name), _name):
+                self._meter.observe(name, *(each for model in models for each in model.loads.values()))
 
-    async def _swap(self, version: int) -> None:
-        """Load a version beside the one that answers, then let it take over."""
-        try:
-            model = await asyncio.to_thread(load, self._http.name, version)
-        except Exception as error:  # whatever is wrong with it, the one before must go on answering
-            log.exception("version %d of %s could not be loaded", version, self._http.name)
-            self._http.failure = f"version {version} could not be loaded: {error}"
-            return
-        replaced, self._http.model, self._http.failure = self._http.model, model, None
-        log.info("version %d of %s answers", version, self._http.name)
-        if replaced is not None:
-            await asyncio.to_thread(replaced.engine.close, drain=True)
+    def _at_home(self, directory: Directory) -> set[str]:
+        """Name the models that are loaded unasked: all but those that have replicas of their own."""
+        if self._own:
+            return {self._own}
+        return {name for name, entry in directory.entries.items() if not entry.own}
 
 
-def application(name: str) -> serve.Application:
-    """Describe the application that serves a model."""
-    return ingress(ModelReplica).bind(name)
+def _name(model: Model) -> str:
+    return model.name
 
 
-def ingress(replica: type) -> serve.Deployment:
-    """Describe the deployment of a class that answers HTTP itself."""
+def own_application(name: str, replicas: Sequence[int], gpus: float, settings: Settings) -> serve.Application:
+    """Describe the application that serves one model by itself."""
+    return _ingress(replicas, gpus).bind(name, settings)
+
+
+def pool(operator: serve.Application, settings: Settings) -> serve.Application:
+    """Describe the application of the replicas that all models share, and its operator."""
+    return _ingress(settings.replicas, settings.gpus).bind("", settings, operator)
+
+
+def _ingress(replicas: Sequence[int], gpus: float) -> serve.Deployment:
+    """Describe a deployment that answers HTTP itself."""
+    least, most = replicas
+    scale: dict[str, Any] = {"num_replicas": least}
+    if least != most:
+        scale = {"autoscaling_config": autoscaling(least, most)}
     deployment: serve.Deployment = serve.deployment(
-        # Serving must fit beside training, which asks for every core.
-        ray_actor_options={"num_cpus": 0},
+        # On CPUs, serving must fit beside training, which asks for every core.
+        ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
         # The engine bounds the queue, in samples.
         max_ongoing_requests=10_000,
+        graceful_shutdown_timeout_s=DRAIN_S,
         logging_config={"enable_access_log": False},
-    )(serve.ingress()(replica))
+        **scale,
+    )(serve.ingress()(Replica))
     return deployment

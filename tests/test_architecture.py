@@ -76,8 +76,13 @@ TESTED_ELSEWHERE = {
     "gdl_ray.train.validation": "tests/train/test_loop.py validates, and pictures what it saves",
     "infra.__main__": "tests/infra/test_local.py runs its verbs",
     "serve.__main__": "needs Ray Serve: tests/infra/test_local.py brings the platform up with it",
-    "serve.api": "tests/serve/test_model.py sends what it reads, and reads what it encodes",
-    "serve.replica": "tests/serve/test_operator.py swaps its versions",
+    "serve.directory": "tests/serve/test_shelf.py resolves names by it",
+    "serve.encoding": "tests/serve/test_app.py reads what it writes",
+    "serve.model": "tests/serve/test_app.py asks for all that it can",
+    "serve.operations": "tests/serve/test_app.py asks for each of them",
+    "serve.problems": "tests/serve/test_app.py provokes them",
+    "serve.replica": "needs Ray Serve: tests/test_end_to_end.py asks it",
+    "serve.requests": "tests/serve/test_app.py sends what it reads",
 }
 
 
@@ -291,7 +296,7 @@ VIOLATIONS: list[tuple[Rule, str, str]] = [
     (families_are_named_only_at_home, "serve/model.py", f"build({min(FAMILIES)!r}, config)"),
     (modules_have_a_test_that_mirrors_them, "gdl_ray/nn/net.py", "def f(): ..."),
     (modules_have_a_test_that_mirrors_them, "infra/local.py", "class A: ..."),
-    (modules_have_a_test_that_mirrors_them, "serve/api.py", "class A: ..."),
+    (modules_have_a_test_that_mirrors_them, "serve/replica.py", "class A: ..."),
 ]
 
 CLEAN = {
@@ -301,7 +306,7 @@ CLEAN = {
     "gdl_ray/registry.py": "",
     "serve/model.py": "",
     "jobs/train.py": "",
-    "tests/serve/test_api.py": "",
+    "tests/serve/test_replica.py": "",
 }
 
 

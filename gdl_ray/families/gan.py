@@ -166,6 +166,10 @@ class GAN(Family, Decoder):
         """Move each value evenly within the width of a level."""
         return x + (uniform(key, self.spec.shape, stream) - 0.5) * (2 / self.spec.levels)
 
+    @property
+    def latent_dims(self) -> int:
+        return int(self.config.latent)
+
     @torch.no_grad()
     def decode(self, z: Tensor, labels: Tensor) -> Tensor:
         """Generate the images of latents."""

@@ -189,6 +189,10 @@ class Hierarchical(Family, Likelihood, Latent):
             log_weights.append(log_pixels + log_prior - log_posterior)
         return torch.stack(log_weights).logsumexp(0) - math.log(samples)
 
+    @property
+    def latent_dims(self) -> int:
+        return int(self.prior.tokens * self.config.digits)
+
     @torch.no_grad()
     def encode(self, x: Tensor, labels: Tensor) -> Tensor:
         """Find the codes that the encoder rounds to without noise, on the scale of [-1, 1]."""

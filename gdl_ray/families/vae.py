@@ -142,6 +142,10 @@ class VAE(Family, Likelihood, Latent):
             log_weights.append(log_ratio + self._log_prob(batch.x, z, batch.y))
         return torch.stack(log_weights).logsumexp(0) - math.log(samples)
 
+    @property
+    def latent_dims(self) -> int:
+        return int(self.config.latent)
+
     @torch.no_grad()
     def encode(self, x: Tensor, labels: Tensor) -> Tensor:
         """Find the mean of q(z | x, y)."""

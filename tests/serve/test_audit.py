@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -71,6 +72,7 @@ def test_who_sampled_what_is_written_down(folder: Path) -> None:
         "n": 16,
         "seed": 2**53 - 1,
         "status": 200,
+        "problem": None,
         "seconds": 0.25,
         "bytes": 1234,
     }
@@ -139,9 +141,11 @@ class SlowDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stuck = True
+        self.reached = threading.Event()
         through = audit._PrivateFile.emit
 
         def emit(file: audit._PrivateFile, record: logging.LogRecord) -> None:
+            self.reached.set()
             while self.stuck:
                 time.sleep(0.001)
             through(file, record)
@@ -149,15 +153,21 @@ class SlowDisk:
         monkeypatch.setattr(audit._PrivateFile, "emit", emit)
 
 
-def test_a_disk_that_hangs_holds_no_request_up(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
     disk = SlowDisk(monkeypatch)
+    yield disk
+    disk.stuck = False
+
+
+def test_a_disk_that_hangs_holds_no_request_up(
+    folder: Path, disk: SlowDisk, caplog: pytest.LogCaptureFixture
+) -> None:
     trail = Audit(folder, max_waiting=10)
-    begin = time.perf_counter()
-    for seed in range(100):
+    trail.write(entry(seed=0))
+    assert disk.reached.wait(timeout=10)
+    for seed in range(1, 100):
         trail.write(entry(seed=seed))
-    assert time.perf_counter() - begin < 1
     assert len(caplog.records) == 1
     disk.stuck = False
     trail._waiting.join()
@@ -170,26 +180,17 @@ def test_a_disk_that_hangs_holds_no_request_up(
     assert seeds == [*range(len(seeds) - 1), 100]
 
 
-def test_what_was_lost_last_is_told_at_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = SlowDisk(monkeypatch)
+def test_what_was_lost_last_is_told_at_the_end(folder: Path, disk: SlowDisk) -> None:
     trail = Audit(folder, max_waiting=1)
-    for _ in range(10):
+    trail.write(entry())
+    assert disk.reached.wait(timeout=10)
+    for _ in range(9):
         trail.write(entry())
     disk.stuck = False
     trail.close()
-    assert lines(folder)[-1]["lost"] == 10 - len(lines(folder)) + 1
-
-
-def test_a_line_costs_the_event_loop_little(folder: Path) -> None:
-    trail = Audit(folder)
-    durations_s = []
-    for seed in range(500):
-        begin = time.perf_counter()
-        trail.write(entry(seed=seed))
-        durations_s.append(time.perf_counter() - begin)
-        time.sleep(0.0005)
-    trail.close()
-    assert sorted(durations_s)[250] < 50e-6
+    *before, last = lines(folder)
+    assert last["lost"] >= 1
+    assert sum(line.get("lost", 1) for line in [*before, last]) == 10
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from serve import keys
-from serve.api import Problem
 from serve.keys import ANONYMOUS, Caller, Keyring
+from serve.problems import Problem
 
 
 class Clock:

@@ -1,37 +1,50 @@
-"""The operator and the replica's swap, against a registry and a Serve that are dictionaries."""
+"""The operator, against a registry and a Serve that are dictionaries."""
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import ray.serve._private.replica as ray_replica
-import torch
 from ray.serve.schema import ApplicationStatus
 
 from gdl_ray import registry
-from gdl_ray.engine import Engine, seeds_of
-from serve import operator, replica
-from serve.catalog import Catalog
-from serve.model import Model
+from gdl_ray.registry import Registered
+from serve import keys, operator, replica
+from serve.directory import Directory
+from serve.operator import Operator, Own
 
 RUNNING = SimpleNamespace(status=ApplicationStatus.RUNNING)
 
 
 class World:
-    """The registry's champions and Serve's applications."""
+    """What the registry has, and Serve's applications."""
 
     def __init__(self) -> None:
-        self.champions: dict[str, int] = {}
-        self.applications = {replica.CATALOG: RUNNING, "somebody-elses": RUNNING}
+        self.models: dict[str, Registered] = {}
+        self.applications = {replica.APPLICATION: RUNNING, "somebody-elses": RUNNING}
+        self.deployed: list[tuple[str, Own]] = []
         self.broken: set[str] = set()
+        self.away = False
 
-    def deploy(self, name: str) -> None:
+    def register(self, name: str, version: int | None, **tags: str) -> None:
+        aliases = {} if version is None else {"champion": version}
+        self.models[name] = Registered(
+            aliases=aliases, tags={f"serve.{tag}": text for tag, text in tags.items()}
+        )
+
+    def registered(self) -> dict[str, Registered]:
+        if self.away:
+            raise registry.RegistryUnavailable("MLflow does not answer")
+        return dict(self.models)
+
+    def deploy(self, name: str, own: Own, settings: replica.Settings) -> None:
         if name in self.broken:
             raise RuntimeError("no room")
+        self.deployed.append((name, own))
         self.applications[operator.PREFIX + name] = RUNNING
 
     def describe(self, name: str, version: int) -> dict[str, Any]:
@@ -39,145 +52,186 @@ class World:
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     world = World()
+    monkeypatch.setenv("GDL_RAY_HOME", str(tmp_path))
     monkeypatch.setattr(operator, "_deploy", world.deploy)
+    monkeypatch.setattr(operator, "PERIOD_S", 0.01)
+    monkeypatch.setattr(operator, "PATIENCE_S", 0.3)
     monkeypatch.setattr(registry, "describe", world.describe)
+    monkeypatch.setattr(registry, "registered", world.registered)
+    monkeypatch.setattr(registry, "hook", lambda url, secret: False)
     monkeypatch.setattr(ray.serve, "status", lambda: SimpleNamespace(applications=world.applications))
     monkeypatch.setattr(ray.serve, "delete", lambda name, _blocking: world.applications.pop(name))
     return world
 
 
-def reconcile(world: World, catalog: Catalog) -> None:
-    asyncio.run(operator.Operator(catalog)._reconcile(world.champions))
+async def told(watched: Operator, condition: Any, report: operator.Report | None = None) -> Directory:
+    """Ask as a replica does, until the directory is as it should be."""
+    serial = 0
+    for _ in range(100):
+        directory = await watched.watch("replica-1", "", report or {}, serial)
+        serial = directory.serial
+        if condition(directory):
+            return directory
+    raise AssertionError(directory)
 
 
-def test_applications_follow_the_champions(world: World) -> None:
-    catalog = Catalog()
-    world.champions = {"digits-vae": 1, "digits-flow": 4}
-    reconcile(world, catalog)
-    assert set(world.applications) > {"model-digits-vae", "model-digits-flow"}
-    assert catalog.entries["digits-flow"].version == 4
-    assert catalog.entries["digits-flow"].description == {"metrics": {"bpd": 2.0}}
-    world.champions = {"digits-vae": 2}
-    reconcile(world, catalog)
-    assert set(world.applications) == {replica.CATALOG, "somebody-elses", "model-digits-vae"}
-    assert {name: entry.version for name, entry in catalog.entries.items()} == {"digits-vae": 2}
+def play(scenario: Any) -> None:
+    async def run() -> None:
+        watched = Operator(replica.Settings())
+        try:
+            await scenario(watched)
+        finally:
+            watched._task.cancel()
+
+    asyncio.run(run())
+
+
+def test_replicas_are_told_what_the_registry_has(world: World) -> None:
+    async def scenario(watched: Operator) -> None:
+        world.register("digits-vae", 1)
+        directory = await told(watched, lambda known: known.entries)
+        entry = directory.entries["digits-vae"]
+        assert (entry.champion, entry.description, entry.own) == (1, {"metrics": {"bpd": 2.0}}, False)
+        world.register("digits-vae", 2)
+        world.register("digits-gan", None)
+        directory = await told(watched, lambda known: len(known.entries) == 2)
+        assert directory.entries["digits-vae"].champion == 2
+        assert directory.entries["digits-gan"].champion is None
+        del world.models["digits-vae"]
+        assert (await told(watched, lambda known: len(known.entries) == 1)).failure is None
+        assert world.deployed == []
+
+    play(scenario)
+
+
+def test_news_is_told_at_once_and_the_same_is_not_told_twice(world: World) -> None:
+    async def scenario(watched: Operator) -> None:
+        world.register("digits-vae", 1)
+        directory = await told(watched, lambda known: known.entries)
+        directory = await told(watched, lambda known: known.serial >= directory.serial)
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        same = await watched.watch("replica-1", "", {}, directory.serial)
+        assert loop.time() - begin >= 0.25
+        assert same.serial == directory.serial
+
+    play(scenario)
+
+
+def test_the_catalog_says_who_holds_what(world: World) -> None:
+    async def scenario(watched: Operator) -> None:
+        world.register("digits-vae", 2)
+        await told(watched, lambda known: known.entries)
+        report: operator.Report = {"digits-vae": ([1], "it could not be loaded: it is damaged")}
+        directory = await told(watched, lambda known: known.entries["digits-vae"].failure, report)
+        entry = directory.entries["digits-vae"]
+        assert (entry.served, entry.failure) == ({1: 1}, "it could not be loaded: it is damaged")
+        assert directory.replicas == 1
+
+    play(scenario)
+
+
+def test_without_the_registry_all_stays_as_it_is(world: World) -> None:
+    async def scenario(watched: Operator) -> None:
+        world.register("digits-vae", 1, replicas="2")
+        await told(watched, lambda known: known.entries and known.entries["digits-vae"].own)
+        world.away = True
+        directory = await told(watched, lambda known: known.failure)
+        assert directory.failure == "MLflow does not answer"
+        assert "digits-vae" in directory.entries
+        assert "model-digits-vae" in world.applications
+
+    play(scenario)
+
+
+def test_before_the_registry_has_answered_nothing_is_known(world: World) -> None:
+    async def scenario(watched: Operator) -> None:
+        world.away = True
+        directory = await told(watched, lambda known: known.failure == "MLflow does not answer")
+        assert directory.serial == 0
+
+    play(scenario)
+
+
+def test_tags_ask_for_an_application_of_its_own(world: World) -> None:
+    async def scenario(watched: Operator) -> None:
+        world.register("digits-vae", 1, replicas="0:4", gpus="0.25")
+        await told(watched, lambda known: known.entries and known.entries["digits-vae"].own)
+        assert world.deployed == [("digits-vae", Own((0, 4), 0.25))]
+        world.register("digits-vae", 1, replicas="2")
+        await told(watched, lambda _: len(world.deployed) == 2)
+        assert world.deployed[1] == ("digits-vae", Own((2, 2), 0.0))
+        world.register("digits-vae", 1)
+        await told(watched, lambda _: "model-digits-vae" not in world.applications)
+        assert set(world.applications) == {replica.APPLICATION, "somebody-elses"}
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("name", "tags", "why"),
+    [
+        ("a", {"replicas": "many"}, "tag serve.replicas='many' must be a number, such as 2"),
+        ("a", {"gpus": "-1"}, "tag serve.gpus='-1' must be a share of one GPU"),
+        ("a", {"gpus": "1.5"}, "tag serve.gpus='1.5' must be a share of one GPU"),
+        ("name with spaces", {"replicas": "1"}, "cannot be part of an address"),
+    ],
+)
+def test_tags_that_cannot_be_are_told(world: World, name: str, tags: dict[str, str], why: str) -> None:
+    async def scenario(watched: Operator) -> None:
+        world.register(name, 1, **tags)
+        world.register("good", 1, replicas="1")
+        directory = await told(watched, lambda known: known.entries and known.entries[name].failure)
+        assert why in (directory.entries[name].failure or "")
+        await told(watched, lambda _: world.deployed)
+        assert [deployed for deployed, _ in world.deployed] == ["good"]
+
+    play(scenario)
 
 
 def test_one_models_failure_is_its_own(world: World) -> None:
-    catalog = Catalog()
-    world.champions = {"bad": 1, "name with spaces": 1, "good": 1}
-    world.broken = {"bad"}
-    reconcile(world, catalog)
-    assert "model-good" in world.applications
-    assert catalog.entries["good"].failure is None
-    assert "no room" in (catalog.entries["bad"].failure or "")
-    assert "cannot be part of an address" in (catalog.entries["name with spaces"].failure or "")
-    assert not any("spaces" in name for name in world.applications)
+    async def scenario(watched: Operator) -> None:
+        world.register("bad", 1, replicas="1")
+        world.register("good", 1, replicas="1")
+        world.broken = {"bad"}
+        await told(watched, lambda _: "model-good" in world.applications)
+        directory = await told(watched, lambda known: known.entries["bad"].failure)
+        assert "no room" in (directory.entries["bad"].failure or "")
 
-
-def test_a_model_that_cannot_be_described_answers_all_the_same(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def away(name: str, version: int) -> dict[str, Any]:
-        raise KeyError("its run was deleted")
-
-    catalog = Catalog()
-    world.champions = {"digits-vae": 1}
-    with monkeypatch.context() as patch:
-        patch.setattr(registry, "describe", away)
-        reconcile(world, catalog)
-    assert "model-digits-vae" in world.applications
-    assert catalog.entries["digits-vae"].failure is None
-    reconcile(world, catalog)
-    assert catalog.entries["digits-vae"].description == {"metrics": {"bpd": 2.0}}
+    play(scenario)
 
 
 def test_an_application_that_serve_gave_up_is_tried_again_after_a_while(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def passes() -> None:
-        watching = operator.Operator(catalog)
-        await watching._reconcile(world.champions)
-        world.applications["model-digits-vae"] = given_up
-        await watching._reconcile(world.champions)
-        assert world.applications["model-digits-vae"] is given_up
-        assert "could not start it" in (catalog.entries["digits-vae"].failure or "")
+    async def scenario(watched: Operator) -> None:
+        world.register("digits-vae", 1, replicas="1")
+        await told(watched, lambda _: world.deployed)
+        world.applications["model-digits-vae"] = SimpleNamespace(status=ApplicationStatus.DEPLOY_FAILED)
+        directory = await told(watched, lambda known: known.entries["digits-vae"].failure)
+        assert "could not start it" in (directory.entries["digits-vae"].failure or "")
+        assert len(world.deployed) == 1
         monkeypatch.setattr(operator, "RETRY_S", 0.0)
-        await watching._reconcile(world.champions)
-        assert world.applications["model-digits-vae"] is RUNNING
+        await told(watched, lambda _: len(world.deployed) == 2)
 
-    catalog, given_up = Catalog(), SimpleNamespace(status=ApplicationStatus.DEPLOY_FAILED)
-    world.champions = {"digits-vae": 1}
-    asyncio.run(passes())
+    play(scenario)
 
 
-def test_without_the_registry_all_stays_as_it_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    catalog = Catalog()
-    world.champions = {"digits-vae": 1}
-    reconcile(world, catalog)
+def test_keys_reach_the_replicas_without_a_restart(world: World) -> None:
+    async def scenario(watched: Operator) -> None:
+        world.register("digits-vae", 1)
+        await told(watched, lambda known: known.entries)
+        _, key = keys.add(keys.keys_file(), "ada")
+        directory = await told(watched, lambda known: known.keys)
+        assert [record["id"] for record in directory.keys] == [key.id]
+        keys.keys_file().write_text("{ torn")
+        await asyncio.sleep(0.1)
+        directory = await told(watched, lambda known: known.serial)
+        assert [record["id"] for record in directory.keys] == [key.id]
 
-    def away() -> dict[str, int]:
-        raise registry.RegistryUnavailable("MLflow does not answer")
-
-    monkeypatch.setattr(registry, "champions", away)
-
-    async def run_once() -> None:
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(operator.Operator(catalog).run(), 0.5)
-
-    asyncio.run(run_once())
-    assert catalog.registry_failure == "MLflow does not answer"
-    assert "model-digits-vae" in world.applications
-    assert "digits-vae" in catalog.entries
-
-
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch, explicit: Any) -> Iterator[list[Model]]:
-    """Versions that replicas have loaded; version 9 is damaged."""
-    models: list[Model] = []
-
-    def load(name: str, version: int) -> Model:
-        if version == 9:
-            raise ValueError("it is damaged")
-        models.append(Model(name, version, explicit, Engine(explicit, slots=8)))
-        return models[-1]
-
-    monkeypatch.setattr(replica, "load", load)
-    monkeypatch.setattr(replica, "PERIOD_S", 1000.0)  # it asks no catalog
-    monkeypatch.setattr(replica, "RETRY_S", 1000.0)
-    monkeypatch.setattr(registry, "champions", lambda: {"toy": 1, "damaged": 9})
-    yield models
-    for model in models:
-        model.engine.close(drain=False)
-
-
-def test_a_new_version_takes_over_and_the_old_one_finishes(loaded: list[Model]) -> None:
-    async def swap() -> None:
-        served = replica.ModelReplica("toy")
-        app = served.__serve_build_asgi_app__()
-        old = loaded[0].engine.submit(seeds_of(7, 20), torch.full((20,), -1))
-        await served._swap(2)
-        assert old.future.done()
-        assert not old.future.cancelled()
-        assert app.model is loaded[1]
-        await served._swap(9)
-        assert app.model is loaded[1]
-        assert app.failure == "version 9 could not be loaded: it is damaged"
-        await served._swap(3)
-        assert app.model is loaded[2]
-
-    asyncio.run(swap())
-
-
-def test_a_champion_that_cannot_be_loaded_does_not_stop_the_replica(loaded: list[Model]) -> None:
-    async def start() -> None:
-        app = replica.ModelReplica("damaged").__serve_build_asgi_app__()
-        assert app.model is None
-        assert app.failure == "its champion could not be loaded: it is damaged"
-
-    asyncio.run(start())
+    play(scenario)
 
 
 @pytest.mark.parametrize("listens", [True, False])
