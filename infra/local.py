@@ -38,15 +38,32 @@ OTHER_PORTS = (
 )
 SERVICES = ("ray", "mlflow", "serve")
 
-# Ray Serve's HAProxy template binds two statistics pages on every interface; this platform stays on loopback.
-HAPROXY_ON_LOOPBACK = """\
+# What Ray Serve's template for HAProxy has no setting for. It binds two statistics pages on every interface,
+# and this platform stays on loopback. It waits for ever for headers that come drop by drop: with ten seconds,
+# and with the first 16 kB of a body held in HAProxy, a slow client costs no replica anything. And it answers
+# "500 Internal Server Error" where no replica is up, though the next try may succeed.
+HAPROXY = """\
 #!/bin/sh
 for file; do
   case $file in
-    *.cfg) sed 's/^\\( *bind \\)\\*\\{{0,1\\}}:/\\1127.0.0.1:/' "$file" >"$file.new" && mv "$file.new" "$file"
+    *.cfg) sed -e 's/^\\( *bind \\)\\*\\{{0,1\\}}:/\\1127.0.0.1:/' \\
+               -e 's|^\\( *errorfile [0-9]* \\).*|\\1{unavailable}|' \\
+               -e '/^defaults$/a\\
+    timeout http-request 10s\\
+    option http-buffer-request' "$file" >"$file.new" && mv "$file.new" "$file"
   esac
 done
 exec '{binary}' "$@"
+"""
+UNAVAILABLE = """\
+HTTP/1.1 503 Service Unavailable\r
+Content-Type: application/problem+json\r
+Retry-After: 5\r
+Cache-Control: no-store\r
+Connection: close\r
+\r
+{"type":"urn:gdl-ray:problem:no-replica","title":"Service Unavailable","status":503,\
+"detail":"No replica answers now: one is being started. Try again in a few seconds."}
 """
 
 
@@ -322,13 +339,21 @@ def _haproxy(platform: Platform) -> dict[str, str]:
         return {}
     temp = _temp_dir(platform.home)
     wrapper = temp / "haproxy"
-    wrapper.write_text(HAPROXY_ON_LOOPBACK.format(binary=binary))
+    unavailable = temp / "503.http"
+    wrapper.write_text(HAPROXY.format(binary=binary, unavailable=unavailable))
     wrapper.chmod(0o700)
+    unavailable.write_text(UNAVAILABLE, newline="")
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # One thread each for the ingress and a replica's requests: more only take turns on few cores.
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # Each takes 32 kB here, and its body more in a replica; a connection too many waits in the kernel.
+        "RAY_SERVE_HAPROXY_MAXCONN": "2048",
+        # Of silence from a client while it sends or is sent to: who waits for an answer is not cut off.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+        # Of silence from a replica: more than a request may ask for, so that replicas say what is late.
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "660",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{temp}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{temp}/admin.sock",

@@ -208,7 +208,7 @@ ray.shutdown()
 
 @pytest.fixture(scope="module")
 def exported() -> Iterator[Path]:
-    """A folder with the page of a node's metrics port, and with what counting cost the two replicas behind it."""
+    """A folder with the page of a node's metrics port, and with what counting cost its two replicas."""
     temp = Path(tempfile.mkdtemp(prefix="gdl-metrics-"))  # a short name: Ray's sockets stand in it
     env = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
