@@ -39,3 +39,8 @@ def file_sha256(path: Path) -> str:
     """Compute the sha256 sum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bytes_sha256(content: bytes) -> str:
+    """Compute the sha256 sum of bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()

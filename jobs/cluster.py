@@ -3,12 +3,12 @@
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Protocol
 
 import ray
 from ray._private.state import state
 
-from jobs.options import Options, UsageError
+from jobs.options import UsageError
 
 _LOOK_S = 1.0
 _TELL_S = 10.0
@@ -18,7 +18,35 @@ class TimeoutExpired(Exception):  # noqa: N818  (as subprocess.TimeoutExpired)
     """The workers' resources were not free in time."""
 
 
-def connect(options: Options[Any]) -> None:
+class Demand(Protocol):
+    """What a job asks of the cluster."""
+
+    @property
+    def job(self) -> str:
+        """Name of the job, which begins what it prints."""
+
+    @property
+    def asked(self) -> str:
+        """Options that ask for workers."""
+
+    @property
+    def resources(self) -> Mapping[str, float]:
+        """What Ray has to give each worker."""
+
+    @property
+    def least_places(self) -> int:
+        """How many times that must be free."""
+
+    @property
+    def timeout(self) -> str:
+        """How long to wait for it, as the user wrote it; empty for no limit."""
+
+    @property
+    def timeout_s(self) -> float | None:
+        """The same in seconds; None where there is none."""
+
+
+def connect(options: Demand) -> None:
     """Connect to the cluster; refuse what it can never hold, unless the user is ready to wait for more nodes.
 
     Raises:
@@ -36,7 +64,7 @@ def connect(options: Options[Any]) -> None:
         )
 
 
-def wait_for_room(options: Options[Any]) -> None:
+def wait_for_room(options: Demand) -> None:
     """Wait until the least number of workers has room, and say every ten seconds what is missing.
 
     Raises:
@@ -50,7 +78,7 @@ def wait_for_room(options: Options[Any]) -> None:
             raise TimeoutExpired(f"{missing} after --timeout {options.timeout}")
         if now - told >= _TELL_S or begin == told:
             limit = f" (until --timeout {options.timeout})" if options.timeout else ""
-            print(f"jobs.train: waiting: {missing}{limit}", flush=True)
+            print(f"{options.job}: waiting: {missing}{limit}", flush=True)
             told = now
         time.sleep(_LOOK_S)
 
@@ -72,12 +100,11 @@ def whole_nodes() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def _missing(options: Options[Any], nodes: Iterable[Mapping[str, float]]) -> str:
+def _missing(options: Demand, nodes: Iterable[Mapping[str, float]]) -> str:
     """Say what is short of what the least number of workers need; nothing if they have room."""
     need = options.resources
     room = places(need, nodes)
     if room >= options.least_places:
         return ""
     each = " and ".join(f"{amount} {name}" for name, amount in need.items())
-    asked = f"--workers {options.workers}{' and --validate-apart' if options.validate_apart else ''}"
-    return f"{asked} need {each} each, and there is room for {room} of {options.least_places}"
+    return f"{options.asked} need {each} each, and there is room for {room} of {options.least_places}"

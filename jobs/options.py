@@ -93,6 +93,16 @@ class Options(Generic[Model]):
     """How it is trained."""
 
     @property
+    def job(self) -> str:
+        """Name of the job, which begins what it prints."""
+        return "jobs.train"
+
+    @property
+    def asked(self) -> str:
+        """Options that ask for workers."""
+        return f"--workers {self.workers}{' and --validate-apart' if self.validate_apart else ''}"
+
+    @property
     def resources(self) -> dict[str, int]:
         """What Ray has to give each worker."""
         return {"CPU": self.cpus} | ({"GPU": 1} if self.gpu else {})
@@ -111,13 +121,16 @@ class Options(Generic[Model]):
     @property
     def timeout_s(self) -> float | None:
         """Seconds to wait for resources; None where no limit is given."""
-        return _seconds("timeout", self.timeout) if self.timeout else None
+        return seconds("timeout", self.timeout) if self.timeout else None
 
     def store(self, name: str) -> Store:
-        """Open the store of a run."""
+        """Open the store of a run.
+
+        Raises:
+            UsageError: if --storage is not understood.
+        """
         place, mark, query = (self.storage or str(home() / "runs")).partition("?")
-        folder = place if "://" in place else Path(place).expanduser().absolute()
-        return Store(f"{folder}/{name}{mark}{query}")
+        return open_store(f"{place}/{name}{mark}{query}", "--storage")
 
     def flat(self) -> dict[str, str]:
         """Name every option and its value, as MLflow compares them."""
@@ -130,6 +143,18 @@ class Options(Generic[Model]):
     def decisive(self) -> dict[str, str]:
         """Name the options that decide what is trained."""
         return {name: value for name, value in self.flat().items() if name not in FREE}
+
+
+def open_store(address: str, option: str) -> Store:
+    """Open what an option names: an address, or a folder, which the working directory is the start of.
+
+    Raises:
+        UsageError: if it is not understood.
+    """
+    try:
+        return Store(address if "://" in address else f"{Path(address).expanduser().absolute()}")
+    except ValueError as error:
+        raise UsageError(f"{option} {error}") from error
 
 
 def parse(arguments: Sequence[str]) -> Options[Any]:
@@ -195,7 +220,7 @@ def check(options: Options[Any]) -> tuple[Plan, Dataset]:
             raise UsageError(f"--{flag} {getattr(options, name)} must be at least {least}")
     _check_workers(options)
     if options.timeout:
-        _seconds("timeout", options.timeout)
+        seconds("timeout", options.timeout)
     if options.name and not re.fullmatch(r"[\w.-]+", options.name):
         raise UsageError(f"--name {options.name!r}: use letters, digits, '.', '_' and '-' alone")
     try:
@@ -248,11 +273,16 @@ def _budget(options: Options[Any]) -> Budget:
     if options.examples:
         return Budget(steps=max(1, options.examples // options.optimization.batch_size))
     if options.budget:
-        return Budget(seconds=_seconds("budget", options.budget))
+        return Budget(seconds=seconds("budget", options.budget))
     return Budget(steps=options.steps)
 
 
-def _seconds(name: str, time: str) -> float:
+def seconds(name: str, time: str) -> float:
+    """Read a time that an option gives, in seconds.
+
+    Raises:
+        UsageError: if it is not written as one.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h)", time)
     if not match or not float(match[1]):
         raise UsageError(f"--{name} {time!r}: write a time as 60s, 10min or 2h")

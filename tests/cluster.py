@@ -60,7 +60,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """The driver of `python -m jobs.train`."""
+    """The driver of a job."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
@@ -149,13 +149,13 @@ class Cluster:
         accepted, why = self._gcs().drain_node(self._id(node), _PREEMPTION, "spot", deadline_ms)
         assert accepted, why
 
-    def workers(self, node: str = "") -> list[psutil.Process]:
-        """Find the processes that train, on one node or all."""
+    def workers(self, node: str = "", title: str = "ray::RayTrainWork") -> list[psutil.Process]:
+        """Find the processes that train, or whose title begins otherwise, on one node or all."""
         found = []
         for name in [node] if node else self.nodes:
             for process in tree(self._processes[name]):
                 with suppress(psutil.NoSuchProcess):  # it may end meanwhile
-                    if process.name().startswith("ray::RayTrainWork"):
+                    if process.name().startswith(title):
                         found.append(process)
         return found
 
@@ -180,11 +180,15 @@ class Cluster:
         command += [f"--artifacts-destination={self.home}/artifacts"]
         env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self._processes["mlflow"] = spawn(command, self.home / "mlflow.log", env, self.home)
-        eventually(lambda: answers(f"{self._mlflow_uri}/health"))
+        eventually(lambda: answers(f"{self.mlflow_uri}/health"))
 
     def train(self, *arguments: str) -> Job:
         """Start `python -m jobs.train ...`."""
-        command = [sys.executable, "-m", "jobs.train", *arguments]
+        return self.start("jobs.train", *arguments)
+
+    def start(self, job: str, *arguments: str) -> Job:
+        """Start a job, `python -m ...`."""
+        command = [sys.executable, "-m", job, *arguments]
         log = self.home / f"job{len(self._jobs)}.log"
         env = self._environment() | {"RAY_ADDRESS": f"127.0.0.1:{self._gcs_port}"}
         with log.open("wb") as output:
@@ -194,7 +198,7 @@ class Cluster:
 
     def result(self, name: str, storage: str = "") -> Result:
         """Collect what a run has left behind."""
-        client = MlflowClient(self._mlflow_uri)
+        client = MlflowClient(self.mlflow_uri)
         experiments = [each.experiment_id for each in client.search_experiments()]
         (run,) = client.search_runs(experiments, f"attributes.run_name = '{name}'")
         metrics = {
@@ -212,7 +216,8 @@ class Cluster:
         return Result(metrics, model, training, len(versions))
 
     @property
-    def _mlflow_uri(self) -> str:
+    def mlflow_uri(self) -> str:
+        """Address of MLflow."""
         return f"http://127.0.0.1:{self._mlflow_port}"
 
     def _start_node(self, name: str, *options: str, cpus: int) -> None:
@@ -225,7 +230,7 @@ class Cluster:
     def _environment(self) -> dict[str, str]:
         return os.environ | {
             "GDL_RAY_HOME": str(self.home),
-            "MLFLOW_TRACKING_URI": self._mlflow_uri,
+            "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "RAY_AUTH_MODE": "disabled",

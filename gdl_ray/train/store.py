@@ -47,7 +47,7 @@ class Saved:
 
 
 class Store:
-    """The checkpoints of one run.
+    """The checkpoints of one run, or other files that belong together.
 
     Args:
         address: a folder, or an address that pyarrow knows: s3://bucket/folder, with
@@ -62,19 +62,19 @@ class Store:
         try:
             self._fs, self._root = fs.FileSystem.from_uri(address)
         except (ValueError, OSError) as error:
-            raise ValueError(f"--storage {address}: {error}") from error
+            raise ValueError(f"{address}: {error}") from error
         self._is_local = isinstance(self._fs, fs.LocalFileSystem)
 
-    def read_json(self, name: str) -> Any:
-        """Read a JSON file; None if it is not there."""
-        if self._fs.get_file_info(self.path(name)).type == fs.FileType.NotFound:
+    def read(self, name: str) -> bytes | None:
+        """Read a file; None if it is not there."""
+        if not self._exists(name):
             return None
         with self._fs.open_input_stream(self.path(name)) as stream:
-            return json.loads(stream.read())
+            content: bytes = stream.read()
+        return content
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file, whole or not at all: an object of a bucket is so by itself."""
-        content = json.dumps(value, indent=2).encode()
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all: an object of a bucket is so by itself."""
         if not self._is_local:
             with self._fs.open_output_stream(self.path(name)) as stream:
                 stream.write(content)
@@ -86,6 +86,15 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         new.replace(place)
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file; None if it is not there."""
+        content = self.read(name)
+        return None if content is None else json.loads(content)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write(name, json.dumps(value, indent=2).encode())
 
     def create(self) -> None:
         """Make the folder of the run; a bucket needs none."""

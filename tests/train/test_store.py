@@ -166,7 +166,7 @@ def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
 
 
 def test_an_address_that_is_not_understood_is_named() -> None:
-    with pytest.raises(ValueError, match="--storage ftp://nowhere: "):
+    with pytest.raises(ValueError, match="ftp://nowhere: "):
         Store("ftp://nowhere")
 
 
