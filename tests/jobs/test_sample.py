@@ -1,8 +1,10 @@
 """The command line of the sampling job: what it refuses, in which words; and what a folder is kept for."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,11 +126,11 @@ def test_a_server_that_is_away_ends_with_one_line(
         ({"version": 3}, "version=2, not 3"),
         ({"seed": 1}, "seed=0, not 1"),
         ({"labels": "3"}, "labels=none, not 3"),
-        ({"options": {"guidance": 1.0, "steps": 9.0}}, r"options=.*'steps': 25.0.*, not .*'steps': 9.0"),
+        ({"options": {"guidance": 1.0, "steps": 9.0}}, r"options=.*'steps': 25.0.*, not .*'steps': 9.0}"),
         ({"n": 200}, "n=100, not 200"),
     ],
 )
-def test_a_folder_is_kept_for_one_draw(other: dict[str, object], told: str) -> None:
+def test_a_folder_is_kept_for_one_draw(other: dict[str, Any], told: str) -> None:
     work = parse(COMMAND)
     for _ in range(2):  # again is fine
         sample._claim(work.store, work.draw)
@@ -157,7 +159,7 @@ def test_progress_counts_what_was_drawn_now(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(sample.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = sample._Progress(replace(parse(COMMAND).draw, n=2000, shard=500))
     for seconds, shard in ((0.5, Shard(0, "", 0)), (10, Shard(1, "", 500)), (0.1, Shard(2, "", 500))):
         now[0] += seconds
