@@ -410,7 +410,9 @@ def _problem(response: httpx.Response) -> ServerProblem:
     status = response.status_code
     after_s = _seconds(response.headers.get("retry-after", ""))
     if response.headers.get("content-type", "").startswith(_PROBLEM):
-        return ServerProblem(status, response.json()["detail"], status in _BUSY, after_s)
+        told = response.json()
+        detail = told.get("detail") or told.get("title") or response.reason_phrase
+        return ServerProblem(status, detail, status in _BUSY, after_s)
     detail = f"{response.url} answered {status} {response.reason_phrase}"
     return ServerProblem(status, detail, status in _BUSY + _NOT_REACHED, after_s)
 

@@ -232,13 +232,14 @@ def _claim(store: Store, draw: Draw) -> None:
 
 def _drawn(work: Work) -> Iterator[Shard]:
     """Have shards drawn, as many at a time as there is room for, and yield each when it is written."""
-    remote: Any = ray.remote(draw_shard).options(
+    tasks = ray.remote(
         num_cpus=1,
         num_gpus=1 if work.gpu else 0,
         max_calls=0,  # Ray would end the process of each GPU task, and with it the engine
         max_retries=MAX_RETRIES,
         retry_exceptions=[OSError],
     )
+    remote: Any = tasks(draw_shard)
     numbers = iter(range(work.draw.shards))
     device = "cuda" if work.gpu else "cpu"
     pending: list[Any] = []

@@ -1,5 +1,6 @@
 """The local platform: real processes, on free ports, in a folder of the test's own."""
 
+import base64
 import json
 import os
 import re
@@ -55,6 +56,17 @@ def test_the_home_is_the_same_to_the_platform_and_to_jobs(
     monkeypatch.setenv("GDL_RAY_HOME", value)
     expected = {"/data/gdl": Path("/data/gdl"), "~/gdl": Path("/home/of-user/gdl"), "gdl": tmp_path / "gdl"}
     assert local.home_dir() == home_of_jobs() == expected[value]
+
+
+def test_mlflow_keeps_the_key_of_its_hooks_to_itself(tmp_path: Path) -> None:
+    first, again = local.mlflow_settings(tmp_path), local.mlflow_settings(tmp_path)
+    assert first == again  # what a former server has encrypted, a later one can read
+    key = first["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"]
+    assert len(base64.urlsafe_b64decode(key)) == 32
+    (tmp_path / "other").mkdir()
+    assert local.mlflow_settings(tmp_path / "other")["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"] != key
+    (file,) = (path for path in tmp_path.iterdir() if path.is_file())
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_an_empty_home_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
