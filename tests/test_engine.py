@@ -12,8 +12,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdl_ray.engine import LIKELIHOOD, SAMPLES, Engine, Job, QueueFull, request_keys, seeds_of
-from gdl_ray.family import UNLABELLED, Batch, DataSpec, Density, Family, Losses, Option, Sampler, State, draw
+from gdl_ray.engine import (
+    LIKELIHOOD,
+    SAMPLES,
+    Engine,
+    Job,
+    Load,
+    Preview,
+    QueueFull,
+    keys_of,
+    request_keys,
+    seeds_of,
+)
+from gdl_ray.family import (
+    UNLABELLED,
+    Batch,
+    Completion,
+    DataSpec,
+    Density,
+    Family,
+    Losses,
+    Option,
+    Sampler,
+    State,
+    draw,
+)
 from gdl_ray.random import fold, normal
 
 SPEC = DataSpec(name="toy", kind="image", shape=(1, 2, 2), levels=256, classes=10)
@@ -94,6 +117,11 @@ class Fake(Family):
         raise AssertionError("the engine does not train")
 
     def sampler(self) -> Sampler:
+        return self.make()
+
+
+class FakeCompletion(Fake, Completion):
+    def completion(self, x: Tensor, known: Tensor) -> Sampler:
         return self.make()
 
 
@@ -418,3 +446,180 @@ def test_the_keys_of_a_smaller_request_are_the_first_of_a_larger() -> None:
 def test_likelihoods_have_keys_of_their_own() -> None:
     assert torch.equal(request_keys(7, 1000, SAMPLES), request_keys(7, 1000))
     assert not torch.isin(request_keys(7, 1000, LIKELIHOOD), request_keys(7, 1000)).any()
+
+
+def test_seeds_make_single_samples_again() -> None:
+    seeds = seeds_of(7, 1000)
+    assert torch.equal(seeds_of(7, 10), seeds[:10])
+    assert ((seeds >= 0) & (seeds < 2**53)).all()
+    assert len(set(seeds.tolist())) == 1000
+    assert torch.equal(keys_of(seeds, LIKELIHOOD), request_keys(7, 1000, LIKELIHOOD))
+    with running(walk(3)) as engine:
+        all_of_them = ask(engine, 7, labels_of(20)).future.result(timeout=10)
+        again = engine.submit(seeds[[13, 4]], labels_of(2)).future.result(timeout=10)
+    assert torch.equal(again, all_of_them[[13, 4]])
+
+
+def test_a_client_with_many_jobs_does_not_starve_another() -> None:
+    gate = Gate()
+    with running(walk(1, gate), slots=8) as engine:
+        busy = [engine.submit(torch.tensor([i]), labels_of(1), client="busy") for i in range(100)]
+        gate.wait()
+        other = engine.submit(torch.arange(4), labels_of(4), client="other")
+        gate.step(2)
+        assert other.future.done()
+        assert sum(job.future.done() for job in busy) <= 12
+        gate.open()
+        for job in busy:
+            job.future.result(timeout=10)
+
+
+def test_rows_are_packed_and_follow_the_samples_that_move() -> None:
+    """Walks of many lengths come and go, and each step sees as few rows as can be."""
+    shapes: list[int] = []
+
+    class Counted(Stride):
+        def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
+            return {**super().start(keys, labels, options), "label": labels}
+
+        def step(self, state: State, index: Tensor) -> State:
+            shapes.append(len(index))
+            assert {len(tensor) for tensor in state.values()} == {len(index)}
+            return super().step(state, index)
+
+        def finish(self, state: State) -> Tensor:
+            return (20 * state["sum"] + state["label"]).to(torch.uint8).view(-1, 1, 1, 1)
+
+    with running(Fake(Counted), slots=32) as engine:
+        jobs = []
+        for i in range(60):
+            job = ask(engine, i, torch.arange(i % 7 + 1), {"steps": i % 9 + 1})
+            jobs.append((job, i))
+            if i % 5 == 4:
+                jobs.pop(-2)[0].cancel()
+        for job, i in jobs:
+            drawn = job.future.result(timeout=10).flatten().tolist()
+            assert drawn == [20 * (i % 9 + 1) + label for label in range(i % 7 + 1)]
+        shapes.clear()
+        ask(engine, 0, labels_of(9), {"steps": 2}).future.result(timeout=10)
+        ask(engine, 0, labels_of(1), {"steps": 2}).future.result(timeout=10)
+    assert shapes == [16, 16, 8, 8]
+
+
+def test_what_is_overwritten_in_its_place_and_what_is_made_anew_are_both_kept() -> None:
+    class Both(Walk):
+        def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
+            return {**super().start(keys, labels, options), "trail": torch.zeros(len(keys), self.steps)}
+
+        def step(self, state: State, index: Tensor) -> State:
+            state["trail"][torch.arange(len(index)), index] = index + 1.0
+            return {**super().step(state, index), "trail": state["trail"]}
+
+        def finish(self, state: State) -> Tensor:
+            return state["trail"].to(torch.uint8).view(-1, 1, 1, self.steps)
+
+    with running(Fake(lambda: Both(4, lambda index: None)), slots=16) as engine:
+        jobs = [ask(engine, i, labels_of(i)) for i in range(1, 12)]
+        for job in jobs:
+            assert (job.future.result(timeout=10).flatten(1) == torch.tensor([1, 2, 3, 4])).all()
+
+
+def test_rows_left_behind_hold_the_defaults() -> None:
+    lengths: list[list[float]] = []
+
+    class Watched(Stride):
+        def step(self, state: State, index: Tensor) -> State:
+            lengths.append(state["length"].tolist())
+            return super().step(state, index)
+
+    with running(Fake(Watched)) as engine:
+        long = ask(engine, 0, labels_of(1), {"steps": 5, "length": 4})
+        short = ask(engine, 0, labels_of(3), {"steps": 1, "length": 20})
+        for job in (short, long):
+            job.future.result(timeout=10)
+    assert lengths[-1] == [4, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_previews_come_after_equal_parts_of_the_work() -> None:
+    seen: list[Preview] = []
+    with running(Fake(Stride), slots=8) as engine:
+        job = engine.submit(
+            seeds_of(0, 12), labels_of(12), {"steps": 4, "length": 3}, previews=5, on_preview=seen.append
+        )
+        drawn = job.future.result(timeout=10)
+        engine.submit(torch.tensor([1]), labels_of(1)).future.result(timeout=10)  # until all is told
+    # Eight samples take four steps, then four; sixths of 48 steps are passed at steps 1, 2, 3, 4 and 6.
+    assert [preview.share for preview in seen] == [8 / 48, 16 / 48, 24 / 48, 32 / 48, 40 / 48]
+    parts = [preview.samples.flatten().tolist() for preview in seen]
+    assert parts[0] == [3] * 8 + [0] * 4
+    assert parts[3] == [12] * 8 + [0] * 4
+    assert parts[4] == [12] * 8 + [6] * 4
+    assert drawn.flatten().tolist() == [12] * 12
+
+
+def test_a_watcher_that_raises_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    def fall(preview: Preview) -> None:
+        raise OSError("the line is dead")
+
+    with running(Fake(Stride)) as engine:
+        watched = engine.submit(torch.tensor([1]), labels_of(1), previews=2, on_preview=fall)
+        other = ask(engine, 0, labels_of(3))
+        assert watched.future.result(timeout=10).item() == 3
+        assert other.future.result(timeout=10).flatten().tolist() == [3] * 3
+    assert "the line is dead" in caplog.text
+
+
+def test_samples_of_one_step_have_no_previews() -> None:
+    seen: list[Preview] = []
+    with running(walk(1)) as engine:
+        engine.submit(seeds_of(0, 50), labels_of(50), previews=4, on_preview=seen.append).future.result(10)
+        with pytest.raises(ValueError, match="previews=-1"):
+            engine.submit(seeds_of(0, 1), labels_of(1), previews=-1)
+    assert seen == []
+
+
+def test_the_load_tells_what_is_under_way_and_how_long_a_slot_takes() -> None:
+    gate = Gate()
+    with running(walk(4, gate), slots=8) as engine:
+        assert engine.load == Load(slots=8, active=0, waiting=0, step_s=0, wait_s=0)
+        ask(engine, 0, labels_of(5))
+        gate.wait()
+        gate.step()
+        load = engine.load
+        assert (load.active, load.waiting, load.wait_s) == (5, 0, 0)
+        assert load.step_s > 0
+        ask(engine, 1, labels_of(19))
+        gate.step()
+        load = engine.load  # two steps until the first five are through, then 16 samples of four in 8 slots
+        assert (load.active, load.waiting) == (8, 16)
+        assert load.wait_s == pytest.approx((2 + 16 * 4 / 8) * load.step_s)
+        gate.open()
+        while engine.load.active:
+            time.sleep(0.01)
+        assert (engine.drawn, engine.load.wait_s) == (24, 0)
+        assert engine.steps >= 13
+
+
+def test_only_what_fits_the_family_may_be_given() -> None:
+    x = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
+    with running(walk(1)) as engine, pytest.raises(ValueError, match="this engine draws from nothing"):
+        engine.submit(seeds_of(0, 2), labels_of(2), given=(x, x.bool()))
+    family = FakeCompletion(Stride)
+    engine = Engine(family, 8, completes=True)
+    try:
+        for given, told in [
+            (None, "given=None: this engine completes what is given"),
+            ((x[:1], x.bool()), r"x of what is given is torch.uint8 \(1, 1, 2, 2\) on cpu"),
+            ((x.int(), x.bool()), "it must be torch.uint8"),
+            ((x, x), "known of what is given is torch.uint8"),
+        ]:
+            with pytest.raises(ValueError, match=told):
+                engine.submit(seeds_of(0, 2), labels_of(2), given=given)
+    finally:
+        engine.close(drain=False)
+
+
+@pytest.mark.parametrize("slots", [0, -8, 12])
+def test_slots_come_in_eights(slots: int) -> None:
+    with pytest.raises(ValueError, match=f"slots={slots} must be a positive multiple of 8"):
+        Engine(walk(1), slots)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdl_ray.data import Dataset, training_batch
 from gdl_ray.engine import Engine, request_keys, seeds_of
@@ -26,6 +27,7 @@ from gdl_ray.family import (
     Family,
     Latent,
     Likelihood,
+    Sampler,
     Unnormalized,
 )
 from gdl_ray.random import fold, uniform
@@ -41,6 +43,16 @@ SPECS = {
 }
 
 pytestmark = pytest.mark.parametrize("key", FAMILIES)
+
+
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations on tensors."""
+
+    operations: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
 
 
 def batch_of(spec: DataSpec, size: int = 8) -> Batch:
@@ -203,6 +215,98 @@ def test_a_sample_from_the_engine_is_the_same_alone_and_in_company(key: str) -> 
     assert (alone != expected).float().mean() < 0.02  # to rounding: the batch has another shape
 
 
+def few_steps(model: Family, **asked: float) -> dict[str, float]:
+    """Keep of the options asked for those that the model has, and take few steps if that can be asked."""
+    known = model.sampler().options
+    asked |= {"steps": known["steps"].least + 2} if "steps" in known else {}
+    return {name: value for name, value in asked.items() if name in known}
+
+
+def columns_of(sampler: Sampler, n: int, **asked: float) -> dict[str, torch.Tensor]:
+    return {name: torch.full((n,), value) for name, value in sampler.settle(asked).items()}
+
+
+def computed(model: Family, keys: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+    """List the state after two steps, the samples, and what each module said on the way: a row a sample."""
+    found: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, given: Any, made: torch.Tensor) -> None:
+        if len(made) == len(keys):
+            found.append(made.detach().clone())
+
+    hooks = [module.register_forward_hook(keep) for module in model.modules()]
+    sampler = model.sampler()
+    options = columns_of(sampler, len(keys), **few_steps(model, guidance=2.0, temperature=0.7))
+    with torch.no_grad():
+        state = sampler.start(keys, labels, options)
+        for step in range(min(2, sampler.steps)):
+            state = sampler.step(state, torch.full_like(keys, step))
+        found += [*state.values(), sampler.finish(state)]
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5)], ids=["even", "odd"])
+def test_a_sample_is_the_same_bits_in_any_row_of_any_number_of_rows(key: str, shape: Any) -> None:
+    """Of rows in eights, as the engine steps them; one by one, other kernels may serve them."""
+    model = disturbed(model_of(key, dataclasses.replace(SPECS["grey"], shape=shape)))
+    keys, labels = fold(5, torch.arange(64)), torch.arange(64) % 10
+    crowd = computed(model, keys, labels)
+    for rows in (8, 16, 24, 40, 56):
+        place = fold(rows, torch.arange(64)).argsort()[:rows]
+        few = computed(model, keys[place], labels[place])
+        for mine, among in zip(few, crowd, strict=True):
+            assert len(among) != 64 or torch.equal(mine, among[place])
+
+
+def test_rows_that_are_nobodys_cost_nothing_extra(key: str) -> None:
+    sampler = disturbed(model_of(key, SPECS["grey"])).sampler()
+    keys, labels = fold(0, torch.arange(8)), torch.arange(8)
+    dear = {"guidance": 3.0} if "guidance" in sampler.options else {}
+
+    def operations(options: Mapping[str, torch.Tensor], cleared: bool) -> int:
+        with torch.no_grad():
+            state = sampler.start(keys, labels, options)
+            for name in sampler.options.keys() & state.keys() if cleared else ():
+                state[name].fill_(sampler.options[name].default)
+            with Counting() as counting:  # type: ignore[no-untyped-call]
+                sampler.step(state, torch.zeros_like(keys))
+        return int(counting.operations)
+
+    usual = operations(columns_of(sampler, 8), cleared=False)
+    assert operations(columns_of(sampler, 8, **dear), cleared=True) == usual
+
+
+def test_completions_of_many_requests_share_an_engine(key: str) -> None:
+    model = disturbed(model_of(key, SPECS["grey"]))
+    if not isinstance(model, Completion):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} does not complete"):
+            Engine(model, completes=True)
+        return
+    options = few_steps(model)
+    batch = batch_of(SPECS["grey"], 12)
+    upper, left = torch.zeros(2, *batch.x.shape, dtype=torch.bool)
+    upper[:, :, :4], left[..., :4] = True, True
+    engine = Engine(model, completes=True)
+    try:
+        alone = engine.submit(seeds_of(7, 3), batch.y[:3], options, given=(batch.x[:3], upper[:3]))
+        expected = alone.future.result(timeout=120)
+        jobs = [
+            engine.submit(seeds_of(seed, 12), batch.y, options, given=(batch.x, known))
+            for seed, known in ((7, left), (7, upper), (8, upper))
+        ]
+        drawn = [job.future.result(timeout=120) for job in jobs]
+        for x, known in zip(drawn, (left, upper, upper), strict=True):
+            assert torch.equal(x[known], batch.x[known])
+        assert torch.equal(drawn[1][:3], expected)
+    finally:
+        engine.close(drain=False)
+    keys = request_keys(7, 3)
+    directly = model.complete(batch.x[:3], upper[:3], keys, batch.y[:3], **options)
+    assert (directly != expected).float().mean() < 0.02  # to rounding: the batch has another shape
+
+
 def test_an_unfinished_sample_has_a_preview(key: str) -> None:
     model = disturbed(model_of(key, SPECS["colour"]))
     sampler = model.sampler()
@@ -214,7 +318,9 @@ def test_an_unfinished_sample_has_a_preview(key: str) -> None:
         for step in range(max(1, sampler.steps // 2)):
             state = sampler.step(state, torch.full_like(keys, step))
             assert {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()} == begun
+        held = {name: tensor.clone() for name, tensor in state.items()}
         preview = sampler.finish(state)
+    assert all(torch.equal(state[name], tensor) for name, tensor in held.items())
     assert preview.shape == (4, *model.spec.shape)
     assert preview.dtype == torch.uint8
 
