@@ -10,9 +10,11 @@ for its sum adds up their middles: quantiles can be trusted, means cannot.
 """
 
 from collections import Counter
-from typing import Any, Protocol
+from typing import Any
 
 from ray.serve import metrics
+
+from gdl_ray.engine import Load
 
 OTHER = "other"
 """Label of a model that was never loaded here."""
@@ -23,26 +25,6 @@ REQUEST_BOUNDS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.
 def _labels(*names: str) -> Any:
     """Name the labels of a metric; Ray's annotation, but not Ray, allows one alone."""
     return names
-
-
-class Load(Protocol):
-    """What an engine tells of how busy it is."""
-
-    @property
-    def slots(self) -> int:
-        """Samples that may be under way at a time."""
-
-    @property
-    def active(self) -> int:
-        """Samples under way."""
-
-    @property
-    def waiting(self) -> int:
-        """Samples that wait for a slot."""
-
-    @property
-    def step_s(self) -> float:
-        """Recent seconds a step."""
 
 
 class Meter:

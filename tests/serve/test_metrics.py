@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import ray.serve.metrics
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from gdl_ray.engine import Load
 from serve.metrics import Meter
 
 ROOT = Path(__file__).parents[2]
@@ -25,12 +25,8 @@ DASHBOARD: dict[str, Any] = json.loads((ROOT / "infra" / "grafana" / "gdl_ray.js
 Series = dict[tuple[str, ...], float]
 
 
-@dataclass(frozen=True)
-class Load:
-    slots: int = 64
-    active: int = 0
-    waiting: int = 0
-    step_s: float = 0.0
+def load(active: int = 0, waiting: int = 0, step_s: float = 0.0) -> Load:
+    return Load(slots=64, active=active, waiting=waiting, step_s=step_s, wait_s=0.0)
 
 
 class Kept:
@@ -92,7 +88,7 @@ def test_clients_cannot_make_series(series: dict[str, Series]) -> None:
         meter.answered(f"vae{i}", "sample", 404, 0.1, "unknown-model")
         meter.sampled(f"vae{i}", 1)
         meter.previewed(f"vae{i}", 1)
-        meter.observe(f"vae{i}", Load())
+        meter.observe(f"vae{i}", load())
     assert series["gdl_ray_requests"] == {("other", "sample", "404"): 1000}
     assert max(map(len, series.values())) == 1
 
@@ -112,7 +108,7 @@ def test_versions_in_memory_are_counted_and_those_of_one_model_added_up(series: 
         meter.loaded(name)
     assert series["gdl_ray_models_loaded"] == {(): 3}
     assert series["gdl_ray_model_loads"] == {("vae",): 2, ("flow",): 1}
-    meter.observe("vae", Load(active=60, waiting=7, step_s=0.2), Load(active=4, step_s=0.1))
+    meter.observe("vae", load(active=60, waiting=7, step_s=0.2), load(active=4, step_s=0.1))
     gauges = ("queue_samples", "active_slots", "slots", "step_seconds")
     assert [series[f"gdl_ray_{gauge}"]["vae",] for gauge in gauges] == [7, 64, 128, 0.2]
     meter.unloaded("vae")
@@ -128,7 +124,7 @@ def test_without_ray_nothing_happens() -> None:
     meter.answered("vae", "sample", 429, 0.1, "queue-full")
     meter.sampled("vae", 16)
     meter.previewed("vae", 0.3)
-    meter.observe("vae", Load())
+    meter.observe("vae", load())
 
 
 def panels() -> list[dict[str, Any]]:
@@ -165,7 +161,7 @@ import sys, time, urllib.request
 from pathlib import Path
 import ray
 from ray import serve
-from tests.serve.test_metrics import Load
+from gdl_ray.engine import Load
 
 @serve.deployment(num_replicas=2, ray_actor_options={"num_cpus": 0})
 class Replica:
@@ -175,22 +171,19 @@ class Replica:
         self.meter.loaded("toy")
 
     def work(self):
-        meter, costs_s = self.meter, []
-        for _ in range(5):
-            begin = time.perf_counter()
-            for _ in range(50):
-                meter.answered("toy", "sample", 429, 0.1, "queue-full")
-                meter.sampled("toy", 4)
-            costs_s.append((time.perf_counter() - begin) / 50)
+        meter = self.meter
+        for _ in range(250):
+            meter.answered("toy", "sample", 429, 0.1, "queue-full")
+            meter.sampled("toy", 4)
         meter.previewed("toy", 0.3)
         meter.swapped("toy")
-        meter.observe("toy", Load(active=3, waiting=2, step_s=0.01))
-        return min(costs_s)
+        meter.observe("toy", Load(slots=64, active=3, waiting=2, step_s=0.01, wait_s=0.0))
 
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[1])
 serve.start(proxy_location="Disabled")
 handle = serve.run(Replica.bind(), name="gdl_ray", route_prefix=None)
-cost_s = max(handle.work.remote().result() for _ in range(32))
+for _ in range(32):
+    handle.work.remote().result()
 (node,) = ray.nodes()
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 swaps = 0
@@ -200,7 +193,6 @@ while swaps < 32:
     swaps = sum(float(line.split()[-1]) for line in page.splitlines() if "gdl_ray_swaps_total{" in line)
 folder = Path(sys.argv[1])
 (folder / "page").write_text(page)
-(folder / "cost_s").write_text(str(cost_s))
 serve.shutdown()
 ray.shutdown()
 """
@@ -208,7 +200,7 @@ ray.shutdown()
 
 @pytest.fixture(scope="module")
 def exported() -> Iterator[Path]:
-    """A folder with the page of a node's metrics port, and with what counting cost its two replicas."""
+    """A folder with the page of a node's metrics port."""
     temp = Path(tempfile.mkdtemp(prefix="gdl-metrics-"))  # a short name: Ray's sockets stand in it
     env = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
@@ -240,8 +232,3 @@ def test_replicas_are_told_apart_and_counts_are_right(exported: Path) -> None:
     for sample in requests:
         wanted = {"model": "toy", "operation": "sample", "status": "429", "application": "gdl_ray"}
         assert wanted.items() <= sample.labels.items()
-
-
-@pytest.mark.slow
-def test_a_request_is_counted_in_less_than_100_us(exported: Path) -> None:
-    assert 0 < float((exported / "cost_s").read_text()) < 100e-6
