@@ -40,7 +40,8 @@ SERVICES = ("ray", "mlflow", "serve")
 
 # What Ray Serve's template for HAProxy has no setting for. It binds two statistics pages on every interface,
 # and this platform stays on loopback. It waits for ever for headers that come drop by drop: with ten seconds,
-# and with the first 16 kB of a body held in HAProxy, a slow client costs no replica anything. And it answers
+# and with the first 16 kB of a body held in HAProxy, a slow client costs no replica anything. It closes idle
+# connections whenever it is told of another replica, perhaps while a request is on its way. And it answers
 # "500 Internal Server Error" where no replica is up, though the next try may succeed.
 HAPROXY = """\
 #!/bin/sh
@@ -50,7 +51,9 @@ for file; do
                -e 's|^\\( *errorfile [0-9]* \\).*|\\1{unavailable}|' \\
                -e '/^defaults$/a\\
     timeout http-request 10s\\
-    option http-buffer-request' "$file" >"$file.new" && mv "$file.new" "$file"
+    timeout http-keep-alive 60s\\
+    option http-buffer-request\\
+    option idle-close-on-response' "$file" >"$file.new" && mv "$file.new" "$file"
   esac
 done
 exec '{binary}' "$@"
@@ -352,6 +355,8 @@ def _haproxy(platform: Platform) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_MAXCONN": "2048",
         # Of silence from a client while it sends or is sent to: who waits for an answer is not cut off.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+        # All that is asked may be asked again: a replica that dies over a request leaves it to another.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         # Of silence from a replica: more than a request may ask for, so that replicas say what is late.
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "660",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),

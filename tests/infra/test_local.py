@@ -206,9 +206,17 @@ def check_haproxy(temp: Path) -> None:
     """Find the platform's settings in the configuration that Ray has written."""
     (file,) = temp.glob("*/haproxy.cfg")
     config = file.read_text()
-    limits = "    timeout http-request 10s\n    option http-buffer-request\n"
+    limits = (
+        "    timeout http-request 10s\n    timeout http-keep-alive 60s\n"
+        "    option http-buffer-request\n    option idle-close-on-response\n"
+    )
     assert f"\ndefaults\n{limits}" in config
-    for setting in ("maxconn 2048", "timeout client 60s", "timeout server 660s"):
+    for setting in (
+        "maxconn 2048",
+        "retry-on conn-failure empty-response",
+        "timeout client 60s",
+        "timeout server 660s",
+    ):
         assert f"\n    {setting}\n" in config
     assert set(re.findall(r"errorfile \d+ (.*)", config)) == {str(temp / "503.http")}
 
