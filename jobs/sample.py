@@ -266,22 +266,28 @@ class _Progress:
 
     def __init__(self, draw: Draw) -> None:
         self._draw = draw
-        self._begin = self._told = time.monotonic()
+        self._told = time.monotonic()
+        self._begin = 0.0  # when the first shard was drawn: until then, workers start
         self._done = self._drawn = 0
 
     def tell(self, shard: Shard) -> None:
         """Count a shard; print a line if it is time to."""
         self._done += self._draw.size(shard.number)
-        self._drawn += shard.drawn
         now = time.monotonic()
+        if self._begin:
+            self._drawn += shard.drawn
+        elif shard.drawn:
+            self._begin = now
         is_last = self._done == self._draw.n
         if now - self._told < TELL_S and not is_last:
             return
         self._told = now
-        rate = self._drawn / (now - self._begin)
         share = f"{self._done:,} of {self._draw.n:,}  {self._done / self._draw.n:4.0%}"
-        left = f"  {(self._draw.n - self._done) / rate:,.0f} s left" if rate else ""
-        print(f"jobs.sample: {share}  {rate:,.0f} samples/s{left}", flush=True)
+        speed = ""
+        if self._drawn:
+            rate = self._drawn / (now - self._begin)
+            speed = f"  {rate:,.0f} samples/s  {(self._draw.n - self._done) / rate:,.0f} s left"
+        print(f"jobs.sample: {share}{speed}", flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
