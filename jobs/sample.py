@@ -232,14 +232,14 @@ def _claim(store: Store, draw: Draw) -> None:
 
 def _drawn(work: Work) -> Iterator[Shard]:
     """Have shards drawn, as many at a time as there is room for, and yield each when it is written."""
-    tasks = ray.remote(
-        num_cpus=1,
-        num_gpus=1 if work.gpu else 0,
-        max_calls=0,  # Ray would end the process of each GPU task, and with it the engine
-        max_retries=MAX_RETRIES,
-        retry_exceptions=[OSError],
-    )
-    remote: Any = tasks(draw_shard)
+    settings: Any = {
+        "num_cpus": 1,
+        "num_gpus": 1 if work.gpu else 0,
+        "max_calls": 0,  # Ray would end the process of each GPU task, and with it the engine
+        "max_retries": MAX_RETRIES,
+        "retry_exceptions": [OSError],
+    }
+    remote: Any = ray.remote(**settings)(draw_shard)
     numbers = iter(range(work.draw.shards))
     device = "cuda" if work.gpu else "cpu"
     pending: list[Any] = []
@@ -257,8 +257,8 @@ def _drawn(work: Work) -> Iterator[Shard]:
 
 
 def _room(work: Work) -> int:
-    """Count how many shards may be under way; nodes come and go."""
-    return work.workers or max(1, places(work.resources, whole_nodes()))
+    """Count how many shards may be under way: one for each worker, and one that it need not wait for."""
+    return work.workers or 2 * max(1, places(work.resources, whole_nodes()))
 
 
 class _Progress:
