@@ -240,16 +240,6 @@ def _registered(model: Any) -> Registered:
     return Registered(aliases, dict(model.tags), latest)
 
 
-def champions() -> dict[str, int]:
-    """List the registered models that have a champion, with its version.
-
-    Raises:
-        RegistryUnavailable: if the server does not answer.
-    """
-    models = registered().items()
-    return {name: model.aliases[CHAMPION] for name, model in models if CHAMPION in model.aliases}
-
-
 def exists(name: str, version: int) -> bool:
     """Tell whether a registered model has a version of that number.
 

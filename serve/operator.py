@@ -29,6 +29,8 @@ from serve.scaling import parse_replicas
 
 PERIOD_S = 2.0
 """Seconds between looks at the registry, where it does not tell of its events."""
+HOOK_S = 300.0
+"""Seconds between requests to the registry to tell of its events."""
 PATIENCE_S = 1.0
 """Longest that a replica's question waits for news."""
 GONE_S = 5.0
@@ -93,7 +95,7 @@ class Operator:
         self._failures: dict[str, str] = {}
         self._descriptions: dict[tuple[str, int], Mapping[str, Any]] = {}
         self._secret = secrets.token_hex(32)
-        self._hooked = False
+        self._hook_at = 0.0
         self._news = asyncio.Condition()
         self._wake = asyncio.Event()
         # Serve constructs a replica on the event loop that later runs its requests.
@@ -139,8 +141,7 @@ class Operator:
         known = self._directory
         try:
             found = await asyncio.to_thread(registry.registered)
-            if not self._hooked:
-                await self._hook()
+            await self._hook()
             described = {name: await self._described(name, model) for name, model in found.items()}
             known = replace(known, entries=described, failure=None)
         except registry.RegistryUnavailable as error:
@@ -156,11 +157,12 @@ class Operator:
         return known
 
     async def _hook(self) -> None:
-        """Ask the registry, once, to tell of its events."""
-        self._hooked = True
+        """Ask the registry to tell of its events: until it does, and from time to time, lest it forgets."""
+        if time.monotonic() < self._hook_at:
+            return
         url = f"{self._settings.url}/hooks/registry"
-        if not await asyncio.to_thread(registry.hook, url, self._secret):
-            self._secret = ""
+        await asyncio.to_thread(registry.hook, url, self._secret)
+        self._hook_at = time.monotonic() + HOOK_S
 
     async def _described(self, name: str, model: registry.Registered) -> Entry:
         """Complete what the registry lists by what the champion was measured to be, and who holds it."""

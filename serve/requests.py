@@ -30,7 +30,8 @@ EXAMPLES_BODY_BYTES = 2**24
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Label = Annotated[int, Field(ge=0)]
-Labels = Annotated[list[Label], Field(min_length=1)]
+Labels = Annotated[list[Label | None], Field(min_length=1)]
+"""A class for each; null for any."""
 Examples = Annotated[list[Any], Field(min_length=1)]
 
 
@@ -257,44 +258,35 @@ def _seeds(asked: Drawing, n: int) -> tuple[int | None, Tensor]:
     return seed, seeds_of(seed, n)
 
 
-def _labels(label: int | None, labels: list[int] | None, n: int, spec: DataSpec) -> Tensor:
+def _labels(label: int | None, labels: list[int | None] | None, n: int, spec: DataSpec) -> Tensor:
     if labels is not None and label is not None:
         raise wrong("label", label, "Give label or labels, not both")
     if labels is not None:
         return labels_of(labels, n, spec)
-    if label is not None:
-        check_labels([label], spec.classes, "label")
-    return torch.full((n,), UNLABELLED if label is None else label)
+    return torch.full((n,), _class(label, spec, "label"))
 
 
-def labels_of(labels: list[int] | None, n: int, spec: DataSpec) -> Tensor:
-    """Turn the labels of n examples into a tensor: int64 (n,), UNLABELLED without.
+def labels_of(labels: list[int | None] | None, n: int, spec: DataSpec) -> Tensor:
+    """Turn the labels of n examples into a tensor: int64 (n,), UNLABELLED without one.
 
     Raises:
         Problem: 422, there are more or fewer than examples, or one is no class of the data.
     """
     if labels is None:
         return torch.full((n,), UNLABELLED)
-    check_labels(labels, spec.classes, "labels")
     if len(labels) != n:
         raise wrong("labels", f"{len(labels)} labels", f"Give one for each of the {n}, or none at all")
-    return torch.tensor(labels)
+    return torch.tensor([_class(label, spec, "labels") for label in labels])
 
 
-def check_labels(labels: list[int], classes: int, field: str) -> None:
-    """Check that labels are classes of the data.
-
-    Raises:
-        Problem: 422, one is not.
-    """
-    for label in labels:
-        if label >= classes:
-            cure = (
-                f"Give a class from 0 to {classes - 1}"
-                if classes
-                else "This model has no classes; leave it out"
-            )
-            raise wrong(field, label, cure)
+def _class(label: int | None, spec: DataSpec, field: str) -> int:
+    """Check that a label is a class of the data; UNLABELLED for none."""
+    if label is None:
+        return UNLABELLED
+    if label >= spec.classes:
+        cure = f"Give a class from 0 to {spec.classes - 1}"
+        raise wrong(field, label, cure if spec.classes else "This model has no classes; leave it out")
+    return label
 
 
 def check_options(asked: Drawing, options: Mapping[str, Option]) -> None:
