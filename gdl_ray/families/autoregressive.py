@@ -342,9 +342,10 @@ class _MixtureHead(_Head):
     def conditional(self, parameters: Tensor, before: Tensor) -> Tensor:
         posterior = self._joint(parameters, before).log_softmax(-1)
         mean, log_scale = self._logistic(parameters, before)
-        level = torch.arange(self.levels, device=before.device)[:, None]
-        each = logistic.log_prob(level, mean[:, None], log_scale[:, None], self.levels)
-        return (posterior[:, None] + each).logsumexp(-1)
+        level = torch.arange(self.levels, device=before.device)
+        each = logistic.log_prob(level, mean[..., None], log_scale[..., None], self.levels)
+        # Over components with the levels innermost: sums over a short last dimension are slow.
+        return (posterior[..., None] + each).logsumexp(1)
 
     def _joint(self, parameters: Tensor, x: Tensor) -> Tensor:
         """Compute log of the summand of Eq. 2, over the first channels alone if x, (..., c), has no more."""

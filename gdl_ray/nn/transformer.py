@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from gdl_ray.nn.dropout import dropout
 from gdl_ray.nn.recompute import Block
 
+_PIECE = 32  # positions; attention over whole pieces has the same bits however many empty ones follow
+
 
 class CausalTransformer(nn.Module):
     """Maps sequences to sequences, each position a function of itself and those before it.
@@ -49,9 +51,10 @@ class CausalTransformer(nn.Module):
         return normed
 
     def empty_cache(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """Make the cache of sequences of at most `length` positions: zeros, the batch dimension first."""
+        """Make the cache of sequences of at least `length` positions: zeros, the batch dimension first."""
         # A head's keys lie one behind the other, the order in which attention reads them.
-        shape = (len(self.blocks), 2, self.heads, length, self.width // self.heads)
+        whole = -(-length // _PIECE) * _PIECE
+        shape = (len(self.blocks), 2, self.heads, whole, self.width // self.heads)
         return torch.zeros(batch, *shape, device=device)
 
     def step(self, h: Tensor, cache: Tensor, index: Tensor) -> Tensor:
@@ -65,8 +68,12 @@ class CausalTransformer(nn.Module):
         Returns:
             The position's output, shape (B, width).
         """
+        length = cache.shape[4]
+        if index.device.type == "cpu":  # where it pays not to read what is empty, and asking needs no wait
+            length = min(length, -(-(int(index.max()) + 1) // _PIECE) * _PIECE)
+        seen = (torch.arange(length, device=index.device) <= index[:, None])[:, None, None]
         for i, block in enumerate(self.blocks):
-            h = cast(_Block, block).step(h, cache[:, i], index)
+            h = cast(_Block, block).step(h, cache[:, i], index, seen)
         normed: Tensor = self.norm(h)
         return normed
 
@@ -97,16 +104,17 @@ class _Block(Block):
         h = h + dropout(self.out(attended), self.dropout, key, stream)
         return h + dropout(self._mlp(h), self.dropout, key, stream + 1)
 
-    def step(self, h: Tensor, cache: Tensor, index: Tensor) -> Tensor:
-        """Take one position, (B, width), with the cache of this block, (B, 2, heads, T, width / heads)."""
+    def step(self, h: Tensor, cache: Tensor, index: Tensor, seen: Tensor) -> Tensor:
+        """Take one position, (B, width), with the cache of this block, (B, 2, heads, T, width / heads).
+
+        `seen`, bool (B, 1, 1, S), tells which of the first S positions each sequence attends to.
+        """
         B, width = h.shape
         q, k, v = self.qkv(self.norm_attention(h)).view(B, 3, self.heads, -1).unbind(1)
         rows = torch.arange(B, device=h.device)
         cache[rows, 0, :, index], cache[rows, 1, :, index] = k, v
-        seen = torch.arange(cache.shape[3], device=h.device) <= index[:, None]
-        attended = F.scaled_dot_product_attention(
-            q.unsqueeze(2), cache[:, 0], cache[:, 1], attn_mask=seen[:, None, None]
-        )
+        keys, values = cache[..., : seen.shape[-1], :].unbind(1)
+        attended = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=seen)
         h = h + self.out(attended.reshape(B, width))
         return h + self._mlp(h)
 

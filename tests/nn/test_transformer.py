@@ -31,16 +31,32 @@ def test_steps_equal_the_whole_pass_with_each_sequence_at_its_own_position() -> 
     rows, start = torch.arange(4), torch.tensor([0, -2, -5, -1])
     for now in range(12):
         index = start + now
-        # A sequence that is not under way repeats its first or its last position, as a free slot does.
+        # A sequence that is not under way repeats its first or its last position.
         index = index.clamp(0, 6)
         output = model.step(h[rows, index], cache, index)
         torch.testing.assert_close(output, expected[rows, index], atol=2e-6, rtol=1e-5)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [70, 200, 784])
+def test_a_step_has_the_same_bits_however_far_its_neighbours_are(length: int) -> None:
+    model = transformer_of(width=32, depth=2)
+    filled = normal(
+        fold(2, torch.arange(8)), tuple(model.empty_cache(1, length, torch.device("cpu"))[0].shape)
+    )
+    h = normal(fold(3, torch.arange(8)), (32,))
+    for position in range(0, length - 1, 37):
+        index = torch.full((8,), position)
+        near = model.step(h, filled.clone(), index)
+        index[1:] = torch.linspace(0, length - 1, 7).long()
+        assert torch.equal(model.step(h, filled.clone(), index)[0], near[0])
+
+
+@torch.no_grad()
 def test_what_the_cache_held_of_a_sequence_before_does_not_matter() -> None:
     model, h = transformer_of(), sequences(2)
-    fresh, used = model.empty_cache(2, 7, h.device), normal(torch.arange(2), (3, 2, 2, 7, 6))
+    fresh = model.empty_cache(2, 7, h.device)
+    used = normal(torch.arange(2), tuple(fresh.shape[1:]))
     for t in range(7):
         index = torch.full((2,), t)
         assert torch.equal(model.step(h[:, t], fresh, index), model.step(h[:, t], used, index))
