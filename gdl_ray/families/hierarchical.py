@@ -311,10 +311,9 @@ class _TokenSampler(Sampler):
 
     def step(self, state: State, index: Tensor) -> State:
         logits = self._logits(state, index) / state["temperature"][:, None]
-        above = logits.softmax(1).cumsum(1)
         u = uniform(state["key"], (), _TOKENS + index)[:, None]
         # The sum of all may be just below 1, and u above it.
-        token = (above < u).sum(1).clamp(max=self.model.prior.vocabulary - 1)
+        token = (logits.softmax(1).cumsum(1) < u).sum(1).clamp(max=self.model.prior.vocabulary - 1)
         state["tokens"][torch.arange(len(index), device=index.device), index] = token
         return state
 
@@ -395,13 +394,11 @@ class _Conv2d(nn.Conv2d):
     def forward(self, h: Tensor) -> Tensor:
         if h.shape[2:] != (1, 1):
             return super().forward(h)
-        return F.linear(h.flatten(1), self.weight.flatten(2)[..., self.weight[0, 0].numel() // 2], self.bias)[
-            ..., None, None
-        ]
+        i = self.kernel_size[0] // 2
+        return F.linear(h.flatten(1), self.weight[:, :, i, i], self.bias)[..., None, None]
 
 
 def _resolutions(spec: DataSpec) -> list[tuple[int, int]]:
     """Height and width, halved until one place is left."""
     _, height, width = spec.shape
-    count = (max(height, width) - 1).bit_length() + 1
-    return [(-(-height // 2**i), -(-width // 2**i)) for i in range(count)]
+    return [(-(-height // 2**i), -(-width // 2**i)) for i in range((max(height, width) - 1).bit_length() + 1)]
