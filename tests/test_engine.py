@@ -533,10 +533,9 @@ def test_rows_left_behind_hold_the_defaults() -> None:
             return super().step(state, index)
 
     with running(Fake(Watched)) as engine:
-        long = ask(engine, 0, labels_of(1), {"steps": 5, "length": 4})
-        short = ask(engine, 0, labels_of(3), {"steps": 1, "length": 20})
-        for job in (short, long):
-            job.future.result(timeout=10)
+        for n, length in ((3, 20), (1, 4)):
+            ask(engine, 0, labels_of(n), {"length": length}).future.result(timeout=10)
+    assert lengths[0] == [20, 20, 20, 1, 1, 1, 1, 1]
     assert lengths[-1] == [4, 1, 1, 1, 1, 1, 1, 1]
 
 
