@@ -62,20 +62,32 @@ def _settings(asked: argparse.Namespace) -> replica.Settings:
     Raises:
         ValueError: it cannot be; the message says what can.
     """
-    everywhere = ipaddress.ip_address(asked.host).is_unspecified
-    local = ipaddress.ip_address(asked.host).is_loopback
-    if not local and not keys.read_records(keys.keys_file()):
+    try:
+        address = ipaddress.ip_address(asked.host)
+    except ValueError:
+        raise ValueError(
+            f"--host {asked.host} must be an address of this machine, such as 127.0.0.1"
+        ) from None
+    if not address.is_loopback and not keys.read_records(keys.keys_file()):
         raise ValueError(
             f"--host {asked.host} lets others in, and there is no API key yet: "
             "make one first, with `python -m serve.keys add NAME`"
         )
     if asked.models < 1:
         raise ValueError(f"--models {asked.models} must be at least 1")
+    if asked.gpus < 0:
+        raise ValueError(f"--gpus {asked.gpus:g} must not be negative")
+    replicas = parse_replicas(asked.replicas)
+    if not replicas[0]:
+        raise ValueError(
+            f"--replicas {asked.replicas} must keep one at least: the pool answers for all models"
+        )
+    host = "127.0.0.1" if address.is_unspecified else f"[{address}]" if address.version == 6 else address
     return replica.Settings(
-        url=f"http://{'127.0.0.1' if everywhere else asked.host}:{asked.http_port}",
-        require_keys=not local,
+        url=f"http://{host}:{asked.http_port}",
+        require_keys=not address.is_loopback,
         cors_origins=tuple(asked.cors_origin),
-        replicas=parse_replicas(asked.replicas),
+        replicas=replicas,
         gpus=asked.gpus,
         models=asked.models,
     )

@@ -87,6 +87,7 @@ class Operator:
     """
 
     def __init__(self, settings: replica.Settings) -> None:
+        replica.log_json_lines()
         self._settings = settings
         self._directory = Directory()
         self._reports: dict[str, tuple[float, str, Report]] = {}

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 
 from gdl_ray import registry
 from serve.app import App
-from serve.audit import Audit
+from serve.audit import Audit, JsonLines
 from serve.directory import Directory
 from serve.keys import Keyring
 from serve.metrics import Meter
@@ -102,6 +102,7 @@ class Replica:
         # The engine's thread gives the interpreter away at every torch operation, and by default waits up to
         # 5 ms for a busy event loop to give it back.
         sys.setswitchinterval(0.0002)
+        log_json_lines()
         self._own = own
         self._operator = operator or serve.get_deployment_handle(OPERATOR, APPLICATION)
         self._meter = Meter()
@@ -152,6 +153,16 @@ class Replica:
         if self._own:
             return {self._own}
         return {name for name, entry in directory.entries.items() if not entry.own}
+
+
+def log_json_lines() -> None:
+    """Write what the service has to say as JSON lines, with the request that it is about, to Ray's log."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for part in ("serve", "gdl_ray"):
+        logger = logging.getLogger(part)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
 
 
 def _name(model: Model) -> str:

@@ -75,7 +75,6 @@ TESTED_ELSEWHERE = {
     "gdl_ray.train.snapshot": "tests/train/test_loop.py takes some while training goes on",
     "gdl_ray.train.validation": "tests/train/test_loop.py validates, and pictures what it saves",
     "infra.__main__": "tests/infra/test_local.py runs its verbs",
-    "serve.__main__": "needs Ray Serve: tests/infra/test_local.py brings the platform up with it",
     "serve.directory": "tests/serve/test_shelf.py resolves names by it",
     "serve.encoding": "tests/serve/test_app.py reads what it writes",
     "serve.model": "tests/serve/test_app.py asks for all that it can",
