@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from numpy.typing import NDArray
 
-from gdl_ray.client import Client, ServerProblem
+from gdl_ray.client import Client, Preview, ServerProblem
 from gdl_ray.families import FAMILIES
 from infra.local import Platform
 from infra.processes import tree
@@ -211,6 +211,66 @@ def test_every_family_trains_on_two_workers_and_answers(
     assert x.max() <= 16
     assert np.array_equal(x[:2], client.sample(name, n=2, seed=7, label=3))
     assert client.sample(name, n=2).shape == (2, 1, 8, 8)  # without a label
+    ask_for_all(client, name, x[:2])
+
+
+def ask_for_all(client: Client, name: str, x: NDArray[Any]) -> None:
+    """Ask for all that a model says it can, and see that the answers fit each other."""
+    operations = set(client.card(name)["operations"])
+    if "log_likelihood" in operations:
+        nats = client.log_likelihood(name, x)
+        assert np.isfinite(nats).all()
+        probabilities = client.classify(name, x)
+        np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    if "encode" in operations:
+        z = client.encode(name, x)
+        assert client.decode(name, z).shape == x.shape
+        assert client.interpolate(name, x[0], x[1], steps=3).shape == (3, 1, 8, 8)
+    if "complete" in operations:
+        known = np.zeros((1, 8, 8), bool)
+        known[:, :4] = True
+        drawn = client.complete(name, x, known, n=2, seed=7)
+        np.testing.assert_array_equal(drawn[:, :, :4], x.repeat(2, 0)[:, :, :4])
+    *previews, last = client.stream(name, n=3, seed=7)
+    np.testing.assert_array_equal(last.x, client.sample(name, n=3, seed=7))
+    assert all(isinstance(preview, Preview) and 0 < preview.share < 1 for preview in previews)
+    assert bool(previews) == (name in MANY_STEPS)
+
+
+MANY_STEPS = {f"digits-{name}" for name in ("autoregressive", "flow", "energy", "diffusion", "hierarchical")}
+
+
+def replicas(platform: Platform, name: str) -> list[psutil.Process]:
+    """Find the processes of a model's own replicas."""
+    found = []
+    for process in tree(platform.processes["ray"]):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::ServeRepl") and f"model-{name}" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def test_a_model_may_have_replicas_of_its_own_and_one_may_die(platform: Platform, client: Client) -> None:
+    name = "digits-gan"
+    registry(platform).set_registered_model_tag(name, "serve.replicas", "2")
+    expected = client.sample(name, n=4, seed=7)
+    eventually(lambda: len(replicas(platform, name)) == 2)
+    eventually(lambda: sum(each["replicas"] for each in entry_of(client, name)["served"]) >= 2)
+    killed = replicas(platform, name)[0]
+    answers = []
+    for i in range(200):
+        if i == 20:
+            killed.kill()
+        answers.append(client.sample(name, n=4, seed=7))
+    assert all(np.array_equal(expected, answer) for answer in answers)
+    eventually(lambda: len({process.pid for process in replicas(platform, name)} - {killed.pid}) == 2)
+    registry(platform).delete_registered_model_tag(name, "serve.replicas")
+    eventually(lambda: not replicas(platform, name))
+    assert np.array_equal(expected, client.sample(name, n=4, seed=7))
+
+
+def entry_of(client: Client, name: str) -> dict[str, Any]:
+    return next(entry for entry in client.models() if entry["name"] == name)
 
 
 def history(platform: Platform, name: str, metric: str) -> list[tuple[int, float]]:
