@@ -1,6 +1,7 @@
 """A model behind BentoML's adaptive batching; runs in BentoML's own environment.
 
-Its requests are rows of (key of the noise, label), which it batches along the first dimension.
+Its requests are rows of (key of the noise, label), which it batches along the first dimension. It answers in
+JSON: for arrays it has no other encoding but pickle.
 """
 
 import os

@@ -1,5 +1,6 @@
 """What the rows are measured on: a platform of their own, models trained for seconds, and copies of these."""
 
+import io
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,16 +97,17 @@ class Stage:
     ) -> Iterator[None]:
         """Register copies: of each name, the versions that it is to have, the first its champion.
 
-        They are withdrawn at the end.
+        With tags, each gets replicas of its own. All are withdrawn at the end.
         """
         for name, versions in sources.items():
             self.mlflow.create_registered_model(name, tags=dict(tags or {}))
-            for source, version in versions:
-                self.mlflow.copy_model_version(f"models:/{source}/{version}", name)
+            with redirect_stderr(io.StringIO()):  # MLflow tells of every copy
+                for source, version in versions:
+                    self.mlflow.copy_model_version(f"models:/{source}/{version}", name)
             self.promote(name, 1)
         try:
             for name in sources:
-                self.await_answer(name)
+                self.await_answer(name, own=bool(tags))
             yield
         finally:
             for name in sources:
@@ -120,9 +122,11 @@ class Stage:
         """List the models that the service knows."""
         return {entry["name"] for entry in get(f"{self.platform.urls['serve']}/v1/models")["models"]}
 
-    def await_answer(self, name: str) -> None:
-        """Return when a model answers."""
+    def await_answer(self, name: str, own: bool = False) -> None:
+        """Return when a model answers, from replicas of its own if it is to have some."""
         eventually(lambda: local.answers(self.address(name)), f"{name} answers")
+        if own:  # until then the pool answers
+            eventually(lambda: self.running(name), f"{name} has replicas of its own")
 
     def address(self, name: str) -> str:
         """Name the address of a model."""
@@ -149,11 +153,12 @@ class Stage:
                     found.append(process)
         return found
 
-    def running(self, route: str) -> set[int]:
-        """List the pids of the replicas to which Serve sends the requests of a route, as /v1/models/pair."""
+    def running(self, name: str) -> set[int]:
+        """List the pids of the replicas of a model's own to which Serve sends requests."""
+        route = f"/v1/models/{name}"
         applications = get(f"{self.platform.urls['ray']}/api/serve/applications/")["applications"].values()
-        (deployments,) = [each["deployments"] for each in applications if each["route_prefix"] == route]
-        replicas = [replica for each in deployments.values() for replica in each["replicas"]]
+        deployments = [each["deployments"] for each in applications if each["route_prefix"] == route]
+        replicas = [replica for each in deployments for one in each.values() for replica in one["replicas"]]
         return {replica["pid"] for replica in replicas if replica["state"] == "RUNNING"}
 
 
