@@ -190,9 +190,10 @@ class Cluster:
         """Start a job, `python -m ...`."""
         command = [sys.executable, "-m", job, *arguments]
         log = self.home / f"job{len(self._jobs)}.log"
-        env = self._environment() | {"RAY_ADDRESS": f"127.0.0.1:{self._gcs_port}"}
         with log.open("wb") as output:
-            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self._environment(), stdout=output, stderr=subprocess.STDOUT
+            )
         self._jobs.append(Job(process, log))
         return self._jobs[-1]
 
@@ -233,6 +234,8 @@ class Cluster:
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
+            # Without it, Ray's helpers guess among the machine's clusters, and give up if there are several.
+            "RAY_ADDRESS": f"127.0.0.1:{self._gcs_port}",
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
