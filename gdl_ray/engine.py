@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,6 @@ __all__ = [
 
 SAMPLES, LIKELIHOOD = 0, 1
 """What the noise of a sample is for: a bound on its likelihood needs noise of its own."""
-_SEEDS = 2  # of a request's seed: those of its samples
 
 MAX_SEED = 2**53 - 1
 """The largest of the integers that JSON numbers hold exactly."""
@@ -55,7 +55,7 @@ class QueueFull(Exception):  # noqa: N818  (as queue.Full: it says what is so)
 
 
 def seeds_of(seed: int, n: int) -> Tensor:
-    """Derive the seeds of a request's samples, so that each can be made again by itself.
+    """Derive the seeds of a request's samples, so that each can be made again by itself: SplitMix64.
 
     Args:
         seed: of the request, in [0, MAX_SEED].
@@ -66,10 +66,18 @@ def seeds_of(seed: int, n: int) -> Tensor:
 
     Raises:
         ValueError: the seed is out of range.
+
+    References:
+        Steele, Lea, Flood. Fast Splittable Pseudorandom Number Generators. OOPSLA 2014.
+        https://doi.org/10.1145/2660193.2660195
     """
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed={seed} must lie in [0, 2**53 - 1]")
-    return fold(seed, torch.arange(n), _SEEDS) & MAX_SEED
+    # Every request waits for this: NumPy takes a fraction of the time that tensors would.
+    z = np.uint64(seed) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.int64))
 
 
 def keys_of(seeds: Tensor, purpose: int = SAMPLES) -> Tensor:

@@ -21,6 +21,7 @@ from serve.directory import Directory, Entry
 from serve.keys import ANONYMOUS, Caller, Keyring
 from serve.metrics import Meter
 from serve.model import OPERATIONS as ABLE
+from serve.model import Model
 from serve.operations import OPERATIONS, Call, Inference
 from serve.problems import Problem, busy, unknown_path, wrong_method
 from serve.shelf import Shelf
@@ -161,7 +162,8 @@ class App:
         """Let a model answer."""
         limit = requests.SAMPLE_BODY_BYTES if operation == "sample" else requests.EXAMPLES_BODY_BYTES
         body = await _body(exchange.request, limit) if operation else b""
-        async with self._shelf.lease(name, reference) as model:
+        model = await self._shelf.take(name, reference)
+        try:
             exchange.model = name
             exchange.told["version"] = model.version
             if not operation:
@@ -171,18 +173,22 @@ class App:
                 can = ", ".join(model.operations)
                 detail = f"{name} cannot {operation.replace('_', ' ')}; it can: {can}."
                 raise Problem(HTTPStatus.CONFLICT, "not-able", detail)
-            call = Call(
-                model=model,
-                body=body,
-                accept=exchange.request.headers.get("accept", ""),
-                caller=exchange.caller,
-                client=exchange.caller.id or exchange.client,
-                keyring=self._keyring,
-                meter=self._meter,
-                inference=self._inference,
-                told=exchange.told,
-            )
-            return await OPERATIONS[operation](call)
+            return await OPERATIONS[operation](self._call(exchange, model, body))
+        finally:
+            self._shelf.release(model)
+
+    def _call(self, exchange: Exchange, model: Model, body: bytes) -> Call:
+        return Call(
+            model=model,
+            body=body,
+            accept=exchange.request.headers.get("accept", ""),
+            caller=exchange.caller,
+            client=exchange.caller.id or exchange.client,
+            keyring=self._keyring,
+            meter=self._meter,
+            inference=self._inference,
+            told=exchange.told,
+        )
 
     def _health(self, path: str) -> Response:
         """Tell whether the process lives (healthz), and whether it knows what to serve (readyz)."""

@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import re
+import time
 import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -90,10 +91,10 @@ class Audit:
         # A pid comes back; with the time, the name does not.
         self.file = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{os.getpid()}.jsonl"
         self._lost = 0
-        self._waiting: queue.Queue[logging.LogRecord] = queue.Queue(max_waiting)
+        self._waiting: queue.Queue[Any] = queue.Queue(max_waiting)
         self._disk = _PrivateFile(self.file, maxBytes=file_bytes, backupCount=OLD_FILES, encoding="ascii")
         self._disk.setFormatter(_AuditLines())
-        self._writer = QueueListener(self._waiting, self._disk)
+        self._writer = _Writer(self._waiting, self._disk)
         self._writer.start()
 
     def write(self, entry: Entry) -> None:
@@ -119,10 +120,18 @@ class Audit:
 
     def _put(self, what: Entry | dict[str, Any]) -> bool:
         try:
-            self._waiting.put_nowait(logging.makeLogRecord({"msg": what}))
+            self._waiting.put_nowait((time.time(), what))
         except queue.Full:
             return False
         return True
+
+
+class _Writer(QueueListener):
+    """Makes records on its own thread of what the event loop has put into the queue."""
+
+    def prepare(self, record: Any) -> logging.LogRecord:
+        created, what = record
+        return logging.makeLogRecord({"msg": what, "created": created})
 
 
 class _PrivateFile(RotatingFileHandler):

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -380,18 +380,24 @@ async def _read(kind: type[requests.Parsed], body: bytes) -> requests.Parsed:
     return await asyncio.to_thread(requests.parse, kind, body)
 
 
-@asynccontextmanager
-async def within(timeout_s: float) -> AsyncIterator[None]:
-    """Give a block so much time.
+class within:  # noqa: N801  (as asyncio.timeout)
+    """Gives a block so much time.
 
     Raises:
         Problem: 504, it is over.
     """
-    try:
-        async with asyncio.timeout(timeout_s):
-            yield
-    except TimeoutError:
-        raise too_late(timeout_s) from None
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s, self._timeout = timeout_s, asyncio.timeout(timeout_s)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *raised: Any) -> None:
+        try:
+            await self._timeout.__aexit__(*raised)
+        except TimeoutError:
+            raise too_late(self._timeout_s) from None
 
 
 def _noise(seed: int, n: int) -> Tensor:

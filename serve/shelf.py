@@ -8,8 +8,8 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from http import HTTPStatus
 
 from gdl_ray.registry import CHAMPION, RegistryUnavailable, VersionNotFound
@@ -73,9 +73,8 @@ class Shelf:
             told[name] = (held, failure[1] if failure else None)
         return told
 
-    @asynccontextmanager
-    async def lease(self, name: str, reference: str = "") -> AsyncIterator[Model]:
-        """Hold a version for a request; it is not ended meanwhile.
+    async def take(self, name: str, reference: str = "") -> Model:
+        """Hold a version for a request; it is not ended before it is given back with `release`.
 
         Args:
             name: of a registered model.
@@ -90,14 +89,15 @@ class Shelf:
         model = self._models[key]
         self._models.move_to_end(key)
         self._users[model] += 1
-        try:
-            yield model
-        finally:
-            self._users[model] -= 1
-            if not self._users[model]:
-                del self._users[model]
-                if self._models.get(key) is not model:
-                    self._end(model)
+        return model
+
+    def release(self, model: Model) -> None:
+        """Give back what was taken; if it was to go meanwhile, the last user lets it."""
+        self._users[model] -= 1
+        if not self._users[model]:
+            del self._users[model]
+            if self._models.get((model.name, model.version)) is not model:
+                self._end(model)
 
     async def known(self) -> None:
         """Wait until it is known what models there are, but not for ever."""

@@ -448,6 +448,12 @@ def test_likelihoods_have_keys_of_their_own() -> None:
     assert not torch.isin(request_keys(7, 1000, LIKELIHOOD), request_keys(7, 1000)).any()
 
 
+def test_seeds_are_those_of_the_published_generator() -> None:
+    """The first outputs of SplitMix64 from 1234567, by the test vectors of Vigna's and others' versions."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert seeds_of(1234567, 3).tolist() == [output >> 11 for output in published]
+
+
 def test_seeds_make_single_samples_again() -> None:
     seeds = seeds_of(7, 1000)
     assert torch.equal(seeds_of(7, 10), seeds[:10])

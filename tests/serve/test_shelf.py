@@ -68,9 +68,10 @@ def directory(**champions: int) -> Directory:
 
 
 async def version_of(shelf: Shelf, name: str, reference: str = "") -> int:
-    async with shelf.lease(name, reference) as model:
-        assert model.engine.submit(torch.tensor([1]), torch.tensor([-1])).future.result(10) is not None
-        return model.version
+    model = await shelf.take(name, reference)
+    assert model.engine.submit(torch.tensor([1]), torch.tensor([-1])).future.result(10) is not None
+    shelf.release(model)
+    return model.version
 
 
 async def settled(condition: Any) -> None:
@@ -110,13 +111,14 @@ def test_a_new_champion_takes_over_when_it_is_ready(registry: Registry) -> None:
         following = asyncio.create_task(shelf.follow(directory(a=2), {"a"}))
         await asyncio.sleep(0.05)
         assert await version_of(shelf, "a") == 1  # while 2 is loading
-        async with shelf.lease("a") as held:
-            registry.gate.set()
-            await following
-            assert await version_of(shelf, "a") == 2
-            await asyncio.sleep(0.05)
-            assert registry.closed == []  # it is in use
-            assert held.engine.submit(torch.tensor([1]), torch.tensor([-1])).future.result(10) is not None
+        held = await shelf.take("a")
+        registry.gate.set()
+        await following
+        assert await version_of(shelf, "a") == 2
+        await asyncio.sleep(0.05)
+        assert registry.closed == []  # it is in use
+        assert held.engine.submit(torch.tensor([1]), torch.tensor([-1])).future.result(10) is not None
+        shelf.release(held)
         await settled(lambda: registry.closed == [("a", 1)])
         shelf.close()
 
