@@ -41,15 +41,24 @@ SERVICES = ("ray", "mlflow", "serve")
 # What Ray Serve's template for HAProxy has no setting for. It binds two statistics pages on every interface,
 # and this platform stays on loopback. It waits for ever for headers that come drop by drop: with ten seconds,
 # and with the first 16 kB of a body held in HAProxy, a slow client costs no replica anything. It closes idle
-# connections whenever it is told of another replica, perhaps while a request is on its way. And it answers
-# "500 Internal Server Error" where no replica is up, though the next try may succeed.
+# connections whenever it is told of another replica, perhaps while a request is on its way. It lets headers
+# through by which clients may tell a replica to ignore that they are gone, and does not say who they are. And
+# it answers "500 Internal Server Error" where no replica is up, though the next try may succeed.
 HAPROXY = """\
 #!/bin/sh
 for file; do
   case $file in
     *.cfg) sed -e 's/^\\( *bind \\)\\*\\{{0,1\\}}:/\\1127.0.0.1:/' \\
                -e 's|^\\( *errorfile [0-9]* \\).*|\\1{unavailable}|' \\
+               -e '/^frontend http_frontend$/a\\
+    http-request del-header x-request-disconnect-disabled\\
+    http-request del-header x-request-timeout-seconds\\
+    http-request del-header serve_multiplexed_model_id\\
+    http-request del-header x-session-id\\
+    http-request del-header x-forwarded-for\\
+    http-request del-header x-request-id unless {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9_.-]+$ }}' \\
                -e '/^defaults$/a\\
+    option forwardfor\\
     timeout http-request 10s\\
     timeout http-keep-alive 60s\\
     option http-buffer-request\\

@@ -6,7 +6,8 @@ It is plain ASGI, so it runs and is tested without Ray. Documentation and its pa
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -18,12 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gdl_ray.registry import signed
 from serve import audit, requests
 from serve.directory import Directory, Entry
+from serve.encoding import finite
 from serve.keys import ANONYMOUS, Caller, Keyring
 from serve.metrics import Meter
 from serve.model import OPERATIONS as ABLE
 from serve.model import Model
-from serve.operations import OPERATIONS, Call, Inference
-from serve.problems import Problem, busy, unknown_path, wrong_method
+from serve.operations import OPERATIONS, Call, Inference, within
+from serve.problems import Problem, busy, not_loaded, unknown_path, wrong_method
 from serve.shelf import Shelf
 
 MAX_OPEN = 2000
@@ -33,6 +35,9 @@ BODY_TIMEOUT_S = 60.0
 MODELS = "/v1/models"
 HOOK = "/hooks/registry"
 """Where the registry tells of its events."""
+HOOK_BODY_BYTES = 2**16
+MAX_BODIES_BYTES = 2**29
+"""Most bytes of bodies that a replica holds at a time."""
 SAMPLING = ("sample", "complete")
 
 log = logging.getLogger(__name__)
@@ -86,6 +91,7 @@ class App:
         self._pages, self._refresh = pages, refresh
         self._inference = Inference()
         self._open = 0
+        self._bodies_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -116,6 +122,8 @@ class App:
         except asyncio.CancelledError:  # what Serve does when the connection closes
             exchange.kind = "client-gone"
             raise
+        except (ClientDisconnect, OSError):
+            exchange.kind = "client-gone"
         finally:
             self._open -= 1
             self._tell(exchange)
@@ -128,7 +136,7 @@ class App:
             return problem.response()
         except ClientDisconnect:
             exchange.kind = "client-gone"
-            return Response(status_code=HTTPStatus.BAD_REQUEST)
+            return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody hears it
         except Exception:
             exchange.kind = "server-error"
             log.exception("%s %s failed", exchange.request.method, exchange.request.url.path)
@@ -136,51 +144,71 @@ class App:
             return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, exchange.kind, detail).response()
 
     async def _answer(self, exchange: Exchange) -> Response:
-        if self._open > MAX_OPEN:
-            raise busy(f"{MAX_OPEN} requests are open already.")
         request = exchange.request
         path: str = request.scope["path"]
         if path in ("/healthz", "/readyz"):
             _only("GET", request)
             return self._health(path)
+        if self._open > MAX_OPEN:
+            raise busy(f"{MAX_OPEN} requests are open already.")
         if path == HOOK:
             _only("POST", request)
             return await self._hook(request)
         name, reference, operation = _parse(path)
+        # Never a client's own word: the logs and the metrics count by it.
+        named = operation if operation in OPERATIONS else "unknown"
+        exchange.operation = named if operation else "card" if name else "list"
         await self._shelf.known()
-        exchange.operation = operation or ("card" if name else "list")
+        if not self._shelf.directory.serial:  # nor are the keys known
+            raise not_loaded(f"What there is is not known yet: {self._shelf.directory.failure}.", 2)
         scope = "read" if not operation else "sample" if operation in SAMPLING else "infer"
         exchange.caller = self._keyring.admit(request.headers.get("authorization"), scope)
         if operation and operation not in OPERATIONS:
             raise unknown_path(path)
         _only("POST" if operation else "GET", request)
         if not name:
-            return JSONResponse(listing(self._shelf.directory))
-        return await self._asked(exchange, name, reference, operation)
-
-    async def _asked(self, exchange: Exchange, name: str, reference: str, operation: str) -> Response:
-        """Let a model answer."""
+            return JSONResponse(finite(listing(self._shelf.directory)))
+        self._shelf.directory.version(name, reference)  # what there is not is told before a body is read
+        if not operation:
+            return await self._card(exchange, name, reference)
         limit = requests.SAMPLE_BODY_BYTES if operation == "sample" else requests.EXAMPLES_BODY_BYTES
-        body = await _body(exchange.request, limit) if operation else b""
+        with self._room_for_body(request, limit):
+            body = await _body(request, limit)
+            return await self._asked(exchange, name, reference, operation, body)
+
+    async def _card(self, exchange: Exchange, name: str, reference: str) -> Response:
+        """Describe a model."""
         model = await self._shelf.take(name, reference)
         try:
             exchange.model = name
+            entry = self._shelf.directory.entries.get(name)
+            return JSONResponse(finite({**model.card(), **(_told(name, entry) if entry else {})}))
+        finally:
+            self._shelf.release(model)
+
+    async def _asked(
+        self, exchange: Exchange, name: str, reference: str, operation: str, body: bytes
+    ) -> Response:
+        """Let a model answer."""
+        async with within(requests.MAX_TIMEOUT_S):
+            model = await self._shelf.take(name, reference)
+        try:
+            exchange.model = name
             exchange.told["version"] = model.version
-            if not operation:
-                entry = self._shelf.directory.entries.get(name)
-                return JSONResponse({**model.card(), **(_told(name, entry) if entry else {})})
             if not ABLE[operation](model.family):
                 can = ", ".join(model.operations)
                 detail = f"{name} cannot {operation.replace('_', ' ')}; it can: {can}."
                 raise Problem(HTTPStatus.CONFLICT, "not-able", detail)
-            return await OPERATIONS[operation](self._call(exchange, model, body))
+            kind, answer = OPERATIONS[operation]
+            asked = await requests.read(kind, body)
+            async with within(asked.timeout_s):
+                return await answer(self._call(exchange, model), asked)
         finally:
             self._shelf.release(model)
 
-    def _call(self, exchange: Exchange, model: Model, body: bytes) -> Call:
+    def _call(self, exchange: Exchange, model: Model) -> Call:
         return Call(
             model=model,
-            body=body,
             accept=exchange.request.headers.get("accept", ""),
             caller=exchange.caller,
             client=exchange.caller.id or exchange.client,
@@ -189,6 +217,28 @@ class App:
             inference=self._inference,
             told=exchange.told,
         )
+
+    @contextmanager
+    def _room_for_body(self, request: Request, limit_bytes: int) -> Iterator[None]:
+        """Hold memory for a body, as long as it says it is.
+
+        Raises:
+            Problem: 429, bodies of others fill what there is.
+        """
+        announced = request.headers.get("content-length", "")
+        size = (
+            int(announced)
+            if announced.isascii() and announced.isdigit() and len(announced) < 16
+            else limit_bytes
+        )
+        size = min(size, limit_bytes)
+        if self._bodies_bytes + size > MAX_BODIES_BYTES:
+            raise busy(f"Bodies of {self._bodies_bytes} bytes are being worked on already.")
+        self._bodies_bytes += size
+        try:
+            yield
+        finally:
+            self._bodies_bytes -= size
 
     def _health(self, path: str) -> Response:
         """Tell whether the process lives (healthz), and whether it knows what to serve (readyz)."""
@@ -200,7 +250,7 @@ class App:
 
     async def _hook(self, request: Request) -> Response:
         """Hear of an event in the registry, if it is the registry that tells."""
-        body = await _body(request, requests.SAMPLE_BODY_BYTES)
+        body = await _body(request, HOOK_BODY_BYTES)
         secret = self._shelf.directory.hook_secret
         if not secret or not signed(request.headers, body, secret):
             raise Problem(
@@ -215,9 +265,8 @@ class App:
 
     def _tell(self, exchange: Exchange) -> None:
         seconds = time.monotonic() - exchange.begin
-        self._meter.answered(
-            exchange.model, exchange.operation, exchange.status, seconds, exchange.kind or None
-        )
+        kind = exchange.kind or exchange.told.pop("problem", None)
+        self._meter.answered(exchange.model, exchange.operation, exchange.status, seconds, kind)
         if exchange.operation:
             request = exchange.request
             self._audit.write(
@@ -231,7 +280,7 @@ class App:
                     operation=exchange.operation,
                     model=exchange.model or None,
                     status=exchange.status,
-                    problem=exchange.kind or None,
+                    problem=kind,
                     seconds=round(seconds, 4),
                     bytes=exchange.sent_bytes,
                     **exchange.told,

@@ -55,7 +55,7 @@ class Directory:
         """
         entry = self.entries.get(name)
         if entry is None:
-            raise self._unknown(name)
+            raise self.unknown(name)
         if reference.isascii() and reference.isdigit() and len(reference) < 10:
             return int(reference)
         version = entry.aliases.get(reference or CHAMPION)
@@ -63,7 +63,8 @@ class Directory:
             raise _no_alias(name, reference, entry)
         return version
 
-    def _unknown(self, name: str) -> Problem:
+    def unknown(self, name: str) -> Problem:
+        """Make the answer to a request for a model that there is not."""
         if not self.serial:
             return Problem(
                 HTTPStatus.SERVICE_UNAVAILABLE,

@@ -2,10 +2,13 @@
 
 import io
 import json
+import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -62,23 +65,34 @@ class Samples:
         if len(self.labels) and (self.labels == self.labels[0]).all() and self.labels[0] >= 0:
             told["label"] = int(self.labels[0])
         told |= self.options
-        return {f"X-{name.title()}": f"{value}" for name, value in told.items() if value is not None}
+        # MLflow lets names have letters that headers have not.
+        return {f"X-{name.title()}": quote(f"{value}") for name, value in told.items() if value is not None}
 
 
+@cache
 def formats(spec: DataSpec) -> tuple[Format, ...]:
     """List the encodings that suit data, the default first: pictures are of 1 or 3 channels."""
     drawable = spec.kind == "image" and spec.shape[0] in (1, 3)
     return tuple(known for known in get_args(Format) if drawable or known not in PICTURES)
 
 
-def accepted_format(accept: str) -> Format | None:
-    """Find the first encoding that an Accept header names; None where it names none of ours."""
+def accepted_format(accept: str, suitable: Sequence[Format]) -> Format:
+    """Find the first suitable encoding that an Accept header names; where it names none, the first of all."""
     for entry in accept.split(","):
         media_type = entry.partition(";")[0].strip().lower()
-        for name, known in MEDIA_TYPES.items():
-            if media_type == known:
+        for name in suitable:
+            if media_type == MEDIA_TYPES[name]:
                 return name
-    return None
+    return suitable[0]
+
+
+def finite(value: Any) -> Any:
+    """Put null for numbers that JSON cannot say, such as log p(x) = -infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return {key: finite(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def encode(samples: Samples, encoding: Format, levels: int) -> bytes:

@@ -36,9 +36,8 @@ from typing import Any
 from gdl_ray.home import home
 from serve.problems import FieldProblem, Problem, invalid
 
-SCOPES = ("read", "sample", "infer", "metrics")
-"""What a key may be for: to list and describe models, to draw samples, to ask about data, to watch."""
-USUAL_SCOPES = ("read", "sample", "infer")
+SCOPES = ("read", "sample", "infer")
+"""What a key may be for: to list and describe models, to draw samples, to ask about data."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -131,7 +130,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 def add(
     file: Path,
     name: str,
-    scopes: Sequence[str] = USUAL_SCOPES,
+    scopes: Sequence[str] = SCOPES,
     samples_per_minute: int | None = None,
     expires: datetime | None = None,
 ) -> tuple[str, Key]:
@@ -365,7 +364,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="make a key; its secret is shown this once")
     adding.add_argument("name", metavar="NAME", help="who will hold it")
-    adding.add_argument("--scopes", nargs="+", choices=SCOPES, default=USUAL_SCOPES, help="what it is for")
+    adding.add_argument("--scopes", nargs="+", choices=SCOPES, default=SCOPES, help="what it is for")
     adding.add_argument(
         "--samples-per-minute", type=_positive(int), metavar="N", help="limit; none if left out"
     )

@@ -7,17 +7,20 @@ computed a batch at a time on one thread, in turns with each other.
 import asyncio
 import base64
 import json
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import numpy as np
 import torch
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from gdl_ray.engine import LIKELIHOOD, Engine, Job, Preview, QueueFull, keys_of, seeds_of
@@ -25,7 +28,7 @@ from gdl_ray.evaluate.bayes import log_posterior
 from gdl_ray.family import UNLABELLED, Batch, Decoder, Latent, Likelihood
 from gdl_ray.images import png_grid
 from serve import requests
-from serve.encoding import MEDIA_TYPES, Format, Samples, encode, formats
+from serve.encoding import MEDIA_TYPES, Format, Samples, encode, finite, formats
 from serve.keys import Caller, Keyring
 from serve.metrics import Meter
 from serve.model import Model
@@ -39,8 +42,8 @@ BATCH = 256
 """Most examples that it takes at a time, which bounds memory, and how long others wait."""
 PREVIEWS = 10
 """Most previews of one stream."""
-BIG_BODY_BYTES = 2**16
-"""Bodies from this length are read on a thread, so that others are answered meanwhile."""
+
+log = logging.getLogger(__name__)
 
 
 class Inference:
@@ -65,11 +68,11 @@ class Inference:
         finally:
             self._held -= 1
 
-    async def map(self, function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-        """Apply a function to rows of the columns, a batch at a time; gives up between two when cancelled."""
+    async def map(self, function: Callable[..., Tensor], size: int, *columns: Tensor) -> Tensor:
+        """Apply a function to so many rows of the columns at a time; gives up between two when cancelled."""
         loop = asyncio.get_running_loop()
         work = torch.no_grad()(function)
-        batches = zip(*(torch.split(column, BATCH) for column in columns), strict=True)
+        batches = zip(*(torch.split(column, size) for column in columns), strict=True)
         return torch.cat([await loop.run_in_executor(self._thread, work, *batch) for batch in batches])
 
 
@@ -78,7 +81,6 @@ class Call:
     """A request to a model, and what its operation needs of the service."""
 
     model: Model
-    body: bytes
     accept: str
     caller: Caller
     client: str
@@ -90,18 +92,16 @@ class Call:
     """What the audit log is told of the request."""
 
 
-async def sample(call: Call) -> Response:
+async def sample(call: Call, asked: requests.SampleRequest) -> Response:
     """Draw samples."""
-    asked = requests.parse(requests.SampleRequest, call.body)
     model = call.model
     requests.check_options(asked, model.engine.options)
     draw = requests.draw_of(asked, model.family.spec)
     return await _drawn(call, asked, draw, model.engine)
 
 
-async def complete(call: Call) -> Response:
+async def complete(call: Call, asked: requests.CompleteRequest) -> Response:
     """Draw what is not known of examples."""
-    asked = await _read(requests.CompleteRequest, call.body)
     model = call.model
     engine = model.completing()
     requests.check_options(asked, engine.options)
@@ -109,9 +109,8 @@ async def complete(call: Call) -> Response:
     return await _drawn(call, asked, draw, engine, (x, known))
 
 
-async def log_likelihood(call: Call) -> Response:
+async def log_likelihood(call: Call, asked: requests.LikelihoodRequest) -> Response:
     """Compute log p(x), or log p(x | y)."""
-    asked = await _read(requests.LikelihoodRequest, call.body)
     family = call.model.family
     assert isinstance(family, Likelihood)  # noqa: S101  (the application asks nothing else)
     x = await asyncio.to_thread(requests.examples, asked.x, family.spec)
@@ -121,8 +120,9 @@ async def log_likelihood(call: Call) -> Response:
     def work(*batch: Tensor) -> Tensor:
         return family.log_likelihood(Batch(*batch), asked.samples)
 
-    nats = (await _infer(call, asked, work, x, labels, _noise(asked.seed, len(x)))).tolist()
-    return JSONResponse(
+    noise = _noise(asked.seed, len(x))
+    nats = (await _infer(call, work, x, labels, noise, draws=asked.samples)).tolist()
+    return await _json(
         {
             **_name(call.model),
             "seed": asked.seed,
@@ -134,9 +134,8 @@ async def log_likelihood(call: Call) -> Response:
     )
 
 
-async def classify(call: Call) -> Response:
+async def classify(call: Call, asked: requests.ClassifyRequest) -> Response:
     """Compute p(y | x) by Bayes' rule, each class as likely as another before x is seen."""
-    asked = await _read(requests.ClassifyRequest, call.body)
     family = call.model.family
     assert isinstance(family, Likelihood)  # noqa: S101
     classes = family.spec.classes
@@ -148,8 +147,9 @@ async def classify(call: Call) -> Response:
         return log_posterior(family, Batch(*batch), prior, asked.samples)
 
     unlabelled = torch.full((len(x),), UNLABELLED)
-    posterior = await _infer(call, asked, work, x, unlabelled, _noise(asked.seed, len(x)))
-    return JSONResponse(
+    noise = _noise(asked.seed, len(x))
+    posterior = await _infer(call, work, x, unlabelled, noise, draws=asked.samples * classes)
+    return await _json(
         {
             **_name(call.model),
             "seed": asked.seed,
@@ -160,31 +160,28 @@ async def classify(call: Call) -> Response:
     )
 
 
-async def to_latents(call: Call) -> Response:
+async def to_latents(call: Call, asked: requests.EncodeRequest) -> Response:
     """Map examples to latents."""
-    asked = await _read(requests.EncodeRequest, call.body)
     family = call.model.family
     assert isinstance(family, Latent)  # noqa: S101
     x = await asyncio.to_thread(requests.examples, asked.x, family.spec)
-    z = await _infer(call, asked, family.encode, x, requests.labels_of(asked.labels, len(x), family.spec))
-    return JSONResponse({**_name(call.model), "z": z.tolist()})
+    z = await _infer(call, family.encode, x, requests.labels_of(asked.labels, len(x), family.spec))
+    return await _json({**_name(call.model), "z": z.tolist()})
 
 
-async def from_latents(call: Call) -> Response:
+async def from_latents(call: Call, asked: requests.DecodeRequest) -> Response:
     """Map latents to what they stand for."""
-    asked = await _read(requests.DecodeRequest, call.body)
     spec = call.model.family.spec
     encoding = requests.format_of(asked.format, call.accept, spec)
-    z = requests.latents(asked.z)
+    z = await asyncio.to_thread(requests.latents, asked.z)
     if len(z) > requests.MAX_SAMPLES:
         raise wrong("z", f"{len(z)} latents", f"Give at most {requests.MAX_SAMPLES}")
     labels = requests.labels_of(asked.labels, len(z), spec)
-    return await _decoded(call, asked, z, labels, encoding)
+    return await _decoded(call, z, labels, encoding)
 
 
-async def interpolate(call: Call) -> Response:
+async def interpolate(call: Call, asked: requests.InterpolateRequest) -> Response:
     """Go from one example to another on an arc through the latent space."""
-    asked = await _read(requests.InterpolateRequest, call.body)
     family = call.model.family
     encoding = requests.format_of(asked.format, call.accept, family.spec)
     labels = requests.labels_of(None if asked.label is None else [asked.label] * 2, 2, family.spec)
@@ -195,23 +192,23 @@ async def interpolate(call: Call) -> Response:
         ends = requests.latents(asked.z)
     elif isinstance(family, Latent):
         x = requests.examples(asked.x or [], family.spec)
-        ends = await _infer(call, asked, family.encode, x, labels)
+        ends = await _infer(call, family.encode, x, labels)
     else:
         raise wrong("x", "two examples", f"{call.model.name} cannot encode; give two latents, z")
     way = arc(ends[0].cpu(), ends[1].cpu(), asked.steps)
-    return await _decoded(call, asked, way, labels[:1].expand(asked.steps), encoding)
+    return await _decoded(call, way, labels[:1].expand(asked.steps), encoding)
 
 
-Operation = Callable[[Call], Awaitable[Response]]
-OPERATIONS: Mapping[str, Operation] = {
-    "sample": sample,
-    "complete": complete,
-    "log_likelihood": log_likelihood,
-    "classify": classify,
-    "encode": to_latents,
-    "decode": from_latents,
-    "interpolate": interpolate,
+OPERATIONS: Mapping[str, tuple[type[requests.Body], Callable[[Call, Any], Awaitable[Response]]]] = {
+    "sample": (requests.SampleRequest, sample),
+    "complete": (requests.CompleteRequest, complete),
+    "log_likelihood": (requests.LikelihoodRequest, log_likelihood),
+    "classify": (requests.ClassifyRequest, classify),
+    "encode": (requests.EncodeRequest, to_latents),
+    "decode": (requests.DecodeRequest, from_latents),
+    "interpolate": (requests.InterpolateRequest, interpolate),
 }
+"""What is asked by each name, and what answers."""
 
 
 def arc(start: Tensor, end: Tensor, steps: int) -> Tensor:
@@ -248,7 +245,6 @@ async def _drawn(
     encoding = requests.format_of(asked.format, call.accept, call.model.family.spec)
     n = len(draw.seeds)
     call.told.update(n=n, seed=draw.seed)
-    call.keyring.charge(call.caller, n)
     # The engine tells of previews on its own thread.
     queue: asyncio.Queue[Preview] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -266,14 +262,32 @@ async def _drawn(
     except QueueFull as full:
         raise busy(f"{full}.", retry_after_s=_whole(load.wait_s)) from None
     drawing = _Drawing(call, draw, job, encoding, asked.timeout_s)
+    try:
+        call.keyring.charge(call.caller, n)
+    except Problem:
+        job.cancel()
+        raise
     if asked.stream:
-        return StreamingResponse(drawing.events(queue), media_type="text/event-stream", headers=_UNBUFFERED)
+        return _Stream(drawing, queue)
     samples = await drawing.result()
     content = await drawing.encoded(samples)
     return Response(content, headers=samples.headers, media_type=MEDIA_TYPES[encoding])
 
 
-_UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+class _Stream(StreamingResponse):
+    """Server-sent events; the samples are given up when it ends, even before it has begun."""
+
+    def __init__(self, drawing: "_Drawing", queue: "asyncio.Queue[Preview]") -> None:
+        unbuffered = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(drawing.events(queue), media_type="text/event-stream", headers=unbuffered)
+        self._job = drawing.job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send what happens as it does."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,8 +303,7 @@ class _Drawing:
 
     async def result(self) -> Samples:
         """Wait for the samples; they are given up when the client is gone, or the time."""
-        async with within(self.timeout_s):
-            x = (await asyncio.wrap_future(self.job.future)).numpy()
+        x = (await asyncio.wrap_future(self.job.future)).numpy()
         model, draw = self.call.model, self.draw
         self.call.meter.sampled(model.name, len(x))
         seeds, labels = draw.seeds.numpy(), draw.labels.numpy()
@@ -306,29 +319,42 @@ class _Drawing:
     async def events(self, queue: "asyncio.Queue[Preview]") -> AsyncIterator[bytes]:
         """Tell of the samples as they form, as server-sent events."""
         result = asyncio.ensure_future(self.result())
+        first = True
         try:
-            async for preview in _until(result, queue):
-                yield _event("preview", await asyncio.to_thread(self._previewed, preview))
-            samples = await result
-            yield _event("samples", self._told(samples, await self.encoded(samples)))
-        except Problem as problem:
-            yield f"event: problem\ndata: {problem.json()}\n\n".encode()
+            async with within(self.timeout_s - (time.monotonic() - self.begin)):
+                async for preview in _until(result, queue):
+                    yield await asyncio.to_thread(self._previewed, preview)
+                    if first:
+                        self.call.meter.previewed(self.call.model.name, time.monotonic() - self.begin)
+                    first = False
+                yield await asyncio.to_thread(self._told, await result)
+        except Exception as error:
+            yield self._failed(error)
         finally:
             result.cancel()
-            self.job.cancel()
 
-    def _previewed(self, preview: Preview) -> dict[str, Any]:
-        self.call.meter.previewed(self.call.model.name, time.monotonic() - self.begin)
+    def _failed(self, error: Exception) -> bytes:
+        """Tell of what ends a stream: its status is long sent."""
+        if not isinstance(error, Problem):
+            log.error("a stream failed", exc_info=error)
+            detail = "The request was fine, the server is not; its log says why."
+            error = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "server-error", detail)
+        self.call.told["problem"] = error.kind
+        return f"event: problem\ndata: {error.json()}\n\n".encode()
+
+    def _previewed(self, preview: Preview) -> bytes:
         spec, x = self.call.model.family.spec, preview.samples
         if "png" in formats(spec):
-            return {"share": preview.share, "png": base64.b64encode(png_grid(x, spec.levels)).decode()}
-        return {"share": preview.share, "samples": x.tolist()}
+            png = base64.b64encode(png_grid(x, spec.levels)).decode()
+            return _event("preview", {"share": preview.share, "png": png})
+        return _event("preview", {"share": preview.share, "samples": x.tolist()})
 
-    def _told(self, samples: Samples, content: bytes) -> dict[str, Any]:
+    def _told(self, samples: Samples) -> bytes:
         if self.encoding == "json":
-            return {**samples.origin, "samples": samples.x.tolist()}
-        encoded = base64.b64encode(content).decode()
-        return {**samples.origin, "media_type": MEDIA_TYPES[self.encoding], "content": encoded}
+            return _event("samples", {**samples.origin, "samples": samples.x.tolist()})
+        content = encode(samples, self.encoding, self.call.model.family.spec.levels)
+        told = {"media_type": MEDIA_TYPES[self.encoding], "content": base64.b64encode(content).decode()}
+        return _event("samples", {**samples.origin, **told})
 
 
 async def _until(
@@ -352,32 +378,31 @@ def _event(name: str, data: Mapping[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-async def _decoded(call: Call, asked: requests.Body, z: Tensor, labels: Tensor, encoding: Format) -> Response:
+async def _decoded(call: Call, z: Tensor, labels: Tensor, encoding: Format) -> Response:
     """Answer with what latents stand for."""
     family = call.model.family
     assert isinstance(family, Decoder)  # noqa: S101
     if z.shape[1] != family.latent_dims:
         raise wrong("z", f"{z.shape[1]} numbers each", f"Give {family.latent_dims}")
-    x = (await _infer(call, asked, family.decode, z, labels)).cpu().numpy()
+    x = (await _infer(call, family.decode, z, labels)).cpu().numpy()
     samples = Samples(x, call.model.name, call.model.version, None, None, labels.numpy().astype(np.int64), {})
     content = await asyncio.to_thread(encode, samples, encoding, family.spec.levels)
     return Response(content, headers=samples.headers, media_type=MEDIA_TYPES[encoding])
 
 
-async def _infer(call: Call, asked: requests.Body, work: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """Compute on the thread for inference, on the model's device, within the request's time."""
+async def _infer(call: Call, work: Callable[..., Tensor], *columns: Tensor, draws: int = 1) -> Tensor:
+    """Compute on the thread for inference, on the model's device; each row costs so many draws."""
     device = next((p.device for p in call.model.family.parameters()), torch.device("cpu"))
     call.told.update(n=len(columns[0]))
+    call.keyring.charge(call.caller, len(columns[0]))
     with call.inference.place():
-        async with within(asked.timeout_s):
-            return await call.inference.map(work, *(column.to(device) for column in columns))
+        size = max(1, BATCH // draws)
+        return await call.inference.map(work, size, *(column.to(device) for column in columns))
 
 
-async def _read(kind: type[requests.Parsed], body: bytes) -> requests.Parsed:
-    """Read a body; a long one on a thread."""
-    if len(body) < BIG_BODY_BYTES:
-        return requests.parse(kind, body)
-    return await asyncio.to_thread(requests.parse, kind, body)
+async def _json(answer: Mapping[str, Any]) -> Response:
+    """Write an answer on a thread: it may be long."""
+    return await asyncio.to_thread(lambda: JSONResponse(finite(dict(answer))))
 
 
 class within:  # noqa: N801  (as asyncio.timeout)

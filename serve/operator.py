@@ -122,7 +122,8 @@ class Operator:
         return replace(self._directory, replicas=max(1, replicas))
 
     async def refresh(self) -> None:
-        """Look at the registry now."""
+        """Look at the registry now, and at its descriptions again."""
+        self._descriptions.clear()
         self._wake.set()
 
     async def _run(self) -> None:
@@ -158,9 +159,10 @@ class Operator:
         return known
 
     async def _hook(self) -> None:
-        """Ask the registry to tell of its events: until it does, and from time to time, lest it forgets."""
+        """Ask the registry from time to time to tell of its events; read again what it does not tell."""
         if time.monotonic() < self._hook_at:
             return
+        self._descriptions.clear()
         url = f"{self._settings.url}/hooks/registry"
         await asyncio.to_thread(registry.hook, url, self._secret)
         self._hook_at = time.monotonic() + HOOK_S
@@ -220,7 +222,8 @@ class Operator:
                     self._failures[name] = f"it could not be brought up: {error}"
             for name in self._own.keys() - self._directory.entries.keys():
                 del self._own[name]
-            wanted = {PREFIX + name for name in self._own}
+            # What stands although its tags are wrong now goes on as it is.
+            wanted = {PREFIX + name for name in self._own.keys() | self._failures.keys()}
             for gone in {name for name in applications if name.startswith(PREFIX)} - wanted:
                 log.info("withdrawing %s", gone)
                 await asyncio.to_thread(serve.delete, gone, _blocking=False)
@@ -243,6 +246,8 @@ class Operator:
         given_up = status == ApplicationStatus.DEPLOY_FAILED  # Serve itself does not try again
         if given_up:
             self._failures[name] = "Ray Serve could not start it; the log of its replica says why"
+        if status is not None and not given_up and name not in self._deployed_at:
+            self._own[name] = own  # an operator before this one has deployed it
         waited_s = time.monotonic() - self._deployed_at.get(name, -RETRY_S)
         if self._own.get(name) != own or ((status is None or given_up) and waited_s >= RETRY_S):
             log.info("serving %s by itself: %s", name, own)

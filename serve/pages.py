@@ -1,19 +1,21 @@
 """The documentation of the HTTP interface: OpenAPI, and a page to try it on, without the internet."""
 
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
+from fastapi import FastAPI, Request
+from fastapi.responses import RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field, create_model
 from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
 
 from gdl_ray.family import Density, LikelihoodKind
 from serve import requests
 from serve.encoding import MEDIA_TYPES, Format
 from serve.problems import MEDIA_TYPE as PROBLEM
-from serve.problems import ProblemDocument
+from serve.problems import ProblemDocument, unknown_path, wrong_method
 
 DESCRIPTION = """Samples, likelihoods and latents of registered generative models.
 
@@ -76,8 +78,8 @@ class LikelihoodAnswer(BaseModel):
     seed: int
     samples: int
     kind: LikelihoodKind
-    nats: list[float]
-    bits_per_dim: list[float]
+    nats: list[float | None] = Field(description="log p(x) of each example; null for -infinity.")
+    bits_per_dim: list[float | None]
 
 
 class ClassifyAnswer(BaseModel):
@@ -88,7 +90,7 @@ class ClassifyAnswer(BaseModel):
     seed: int
     samples: int
     labels: list[int] = Field(description="The likeliest class of each example.")
-    probabilities: list[list[float]] = Field(description="p(y | x) of each example and class.")
+    probabilities: list[list[float | None]] = Field(description="p(y | x) of each example and class.")
 
 
 class EncodeAnswer(BaseModel):
@@ -96,7 +98,7 @@ class EncodeAnswer(BaseModel):
 
     model: str
     version: int
-    z: list[list[float]]
+    z: list[list[float | None]]
 
 
 class Served(BaseModel):
@@ -244,6 +246,12 @@ def build_pages() -> FastAPI:
     app = FastAPIOffline(title="gdl_ray", version="1", redoc_url=None)
     document = openapi()
     app.openapi = lambda: document  # type: ignore[method-assign]
+
+    @app.exception_handler(HTTPException)
+    async def problem(request: Request, error: HTTPException) -> Response:
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            return wrong_method(request.method, (error.headers or {}).get("Allow", "GET")).response()
+        return unknown_path(request.url.path).response()
 
     @app.get("/", include_in_schema=False)
     async def index() -> RedirectResponse:

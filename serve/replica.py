@@ -108,18 +108,26 @@ class Replica:
         self._meter = Meter()
         self._keyring = Keyring(settings.require_keys)
         self._shelf = Shelf(settings.models, load, registry.exists, self._meter)
-        app: ASGIApp = App(self._shelf, self._keyring, self._meter, Audit(), build_pages(), self._refresh)
+        self._service = App(self._shelf, self._keyring, self._meter, Audit(), build_pages(), self._refresh)
+        self._app: ASGIApp = self._service
         if settings.cors_origins:
-            app = CORSMiddleware(
-                app, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+            self._app = CORSMiddleware(
+                self._service,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["*"],
             )
-        self._app = app
         self._following = asyncio.get_running_loop().create_task(self._follow())
         listen_on_node_address()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Tell Serve the application that answers this replica's requests."""
         return self._app
+
+    def __del__(self) -> None:
+        """Write down what the audit still holds; Serve calls it when all requests are answered."""
+        self._service.close()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell Serve how many samples wait or are drawn."""
@@ -137,16 +145,19 @@ class Replica:
             question = (name, self._own, self._shelf.report(), serial)
             try:
                 directory: Directory = await self._operator.watch.remote(*question)
+                records = [dict(record) for record in directory.keys]
+                self._keyring.update(records, share=1 / directory.replicas)
                 if directory.serial:
-                    self._keyring.update(
-                        [dict(record) for record in directory.keys], share=1 / directory.replicas
-                    )
-                    await self._shelf.follow(directory, self._at_home(directory))
+                    self._shelf.follow(directory, self._at_home(directory))
+                self._observe()
             except Exception:  # while the operator restarts, all stays as it is
                 log.warning("following the operator failed", exc_info=True)
                 await asyncio.sleep(RETRY_S)
-            for name, models in groupby(sorted(self._shelf.models, key=_name), _name):
-                self._meter.observe(name, *(each for model in models for each in model.loads.values()))
+
+    def _observe(self) -> None:
+        """Show how busy the engines are."""
+        for name, models in groupby(sorted(self._shelf.models, key=_name), _name):
+            self._meter.observe(name, *(each for model in models for each in model.loads.values()))
 
     def _at_home(self, directory: Directory) -> set[str]:
         """Name the models that are loaded unasked: all but those that have replicas of their own."""

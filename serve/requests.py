@@ -1,5 +1,6 @@
 """What is asked over HTTP: typed bodies, and the checks that need to know the model."""
 
+import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterable, Mapping
@@ -10,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from gdl_ray.engine import seeds_of
@@ -25,12 +26,14 @@ MAX_DRAWS = 65_536
 MAX_SEED = 2**53 - 1
 """Largest integer that every JSON reader holds exactly."""
 MAX_TIMEOUT_S = 600.0
+MAX_FIELDS = 50
 SAMPLE_BODY_BYTES = 2**20
 EXAMPLES_BODY_BYTES = 2**24
+BIG_BODY_BYTES = 2**16
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Label = Annotated[int, Field(ge=0)]
-Labels = Annotated[list[Label | None], Field(min_length=1)]
+Labels = Annotated[list[Label | None], Field(min_length=1, max_length=MAX_DRAWS, fail_fast=True)]
 """A class for each; null for any."""
 Examples = Annotated[list[Any], Field(min_length=1)]
 
@@ -43,6 +46,14 @@ class Body(BaseModel):
     timeout_s: float = Field(
         default=60.0, gt=0, le=MAX_TIMEOUT_S, description="Longest wait for the answer; after it, 504."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, fields: Any) -> Any:
+        """Refuse a flood of fields, each of which would be answered."""
+        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+            raise ValueError(f"{len(fields)} fields; a body has at most {MAX_FIELDS}")
+        return fields
 
 
 class Drawing(Body):
@@ -58,6 +69,7 @@ class Drawing(Body):
         default=None,
         min_length=1,
         max_length=MAX_SAMPLES,
+        fail_fast=True,
         description="A seed for each sample instead: those that an answer named give its samples again.",
     )
     label: Label | None = Field(default=None, description="The class of all samples; any if left out.")
@@ -180,13 +192,20 @@ def parse(request: type[Parsed], body: bytes) -> Parsed:
         raise invalid(
             *(
                 FieldProblem(
-                    field=".".join(map(str, one["loc"])) or "body",
+                    field=_brief(".".join(map(str, one["loc"]))) or "body",
                     value=_brief(one["input"]),
                     cure=unknown if one["type"] == "extra_forbidden" else one["msg"],
                 )
                 for one in error.errors(include_url=False)
             )
         ) from None
+
+
+async def read(kind: type[Parsed], body: bytes) -> Parsed:
+    """Read a request as `parse` does; a long one on a thread, so that others are answered meanwhile."""
+    if len(body) < BIG_BODY_BYTES:
+        return parse(kind, body)
+    return await asyncio.to_thread(parse, kind, body)
 
 
 def _brief(value: object) -> str:
@@ -317,7 +336,7 @@ def format_of(asked: Format | None, accept: str, spec: DataSpec) -> Format:
         Problem: 422, the one asked for does not suit the data.
     """
     suitable = formats(spec)
-    encoding = asked or accepted_format(accept) or suitable[0]
+    encoding = asked or accepted_format(accept, suitable)
     if encoding not in suitable:
         cure = f"Ask for {', '.join(suitable)}: these samples are not images of 1 or 3 channels"
         raise wrong("format", encoding, cure)
@@ -344,6 +363,8 @@ def examples(x: list[Any], spec: DataSpec) -> Tensor:
     """
     shape = ", ".join(map(str, spec.shape))
     cure = f"Give integers from 0 to {spec.levels - 1} as nested lists of the shape (B, {shape})"
+    if len(x) > MAX_DRAWS:
+        raise wrong("x", f"{len(x)} examples", f"Give at most {MAX_DRAWS}")
     array = _array("x", x, cure)
     if array.dtype.kind not in "iu" or array.shape[1:] != spec.shape:
         raise wrong("x", f"{array.dtype} values of the shape {array.shape}", cure)
@@ -385,8 +406,8 @@ def _mask(known: list[Any], shape: tuple[int, ...]) -> Tensor:
 def _blanked(x: list[Any], known: Tensor) -> list[Any]:
     """Put 0 where values are not known: they may be anything, null too."""
     try:
-        array = np.asarray(x)
-    except (ValueError, OverflowError):
+        array = np.asarray(x, dtype=object)
+    except ValueError:
         return x  # what is wrong with it is told by `examples`
     fits = array.shape[1:] == known.shape[1:] and len(known) in (1, len(array))
     blanked: list[Any] = np.where(known.numpy(), array, 0).tolist() if fits else x

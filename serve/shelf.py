@@ -6,11 +6,14 @@ waiting, and each is answered by one version. A version that cannot be loaded le
 
 import asyncio
 import logging
+import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http import HTTPStatus
+from typing import Any
 
 from gdl_ray.registry import CHAMPION, RegistryUnavailable, VersionNotFound
 from serve.directory import Directory
@@ -53,10 +56,12 @@ class Shelf:
         self._models: OrderedDict[Key, Model] = OrderedDict()  # the most recently used last
         self._champions: dict[str, int] = {}  # the versions that answer where none is named
         self._loading: dict[Key, asyncio.Task[Model]] = {}
-        self._failures: dict[Key, tuple[float, str]] = {}
+        self._failures: dict[Key, tuple[float, Problem]] = {}
         self._users: Counter[Model] = Counter()
         self._checked: dict[Key, float] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Threads of their own: the usual ones must not wait for a registry.
+        self._loaders = ThreadPoolExecutor(2, "loader")
         self._known = asyncio.Event()
 
     @property
@@ -70,7 +75,7 @@ class Shelf:
         for name, entry in self.directory.entries.items():
             held = sorted(version for known, version in self._models if known == name)
             failure = self._failures.get((name, entry.champion or 0))
-            told[name] = (held, failure[1] if failure else None)
+            told[name] = (held, str(failure[1]) if failure else None)
         return told
 
     async def take(self, name: str, reference: str = "") -> Model:
@@ -97,7 +102,7 @@ class Shelf:
         if not self._users[model]:
             del self._users[model]
             if self._models.get((model.name, model.version)) is not model:
-                self._end(model)
+                _end(model)
 
     async def known(self) -> None:
         """Wait until it is known what models there are, but not for ever."""
@@ -106,7 +111,7 @@ class Shelf:
                 async with asyncio.timeout(FIRST_S):
                     await self._known.wait()
 
-    async def follow(self, directory: Directory, warm: Collection[str]) -> None:
+    def follow(self, directory: Directory, warm: Collection[str]) -> None:
         """Take note of what the registry has, load new champions and let go of what is no more.
 
         Args:
@@ -122,8 +127,9 @@ class Shelf:
             if entry.champion is None:
                 self._champions.pop(name, None)
             elif self._wants(name, entry.champion, name in warm):
-                await self._promote(name, entry.champion)
-        await self._recheck()
+                self._load_soon((name, entry.champion))
+                self._spawn(self._promote(name, entry.champion))
+        self._spawn(self._recheck())
 
     def close(self) -> None:
         """Let everything go."""
@@ -134,8 +140,10 @@ class Shelf:
         """Tell whether a champion should be loaded unasked: if it replaces one, or there is room for it."""
         if self._champions.get(name) == version and (name, version) in self._models:
             return False
+        if (name, version) in self._loading or self._recent_failure((name, version)):
+            return False
         replaces = (name, self._champions.get(name, 0)) in self._models
-        return replaces or (warm and len(self._models) < self.capacity)
+        return replaces or (warm and len(self._models) + len(self._loading) < self.capacity)
 
     async def _promote(self, name: str, version: int) -> None:
         """Load a champion and let it take over."""
@@ -167,26 +175,35 @@ class Shelf:
         """Give a version, loading it if need be; those who ask for it meanwhile wait for the same."""
         if key in self._models:
             return self._models[key]
-        since, reason = self._failures.get(key, (0.0, ""))
-        if time.monotonic() - since < RETRY_S and reason:
-            raise not_loaded(f"Version {key[1]} of {key[0]} does not answer: {reason}.")
+        if problem := self._recent_failure(key):
+            raise problem
+        return await asyncio.shield(self._load_soon(key))
+
+    def _load_soon(self, key: Key) -> "asyncio.Task[Model]":
         if key not in self._loading:
             self._loading[key] = asyncio.create_task(self._fetch(key))
             self._loading[key].add_done_callback(lambda _: self._loading.pop(key))
-        return await asyncio.shield(self._loading[key])
+        return self._loading[key]
+
+    def _recent_failure(self, key: Key) -> Problem | None:
+        since, problem = self._failures.get(key, (0.0, None))
+        return problem if time.monotonic() - since < RETRY_S else None
 
     async def _fetch(self, key: Key) -> Model:
         name, version = key
         try:
-            model = await asyncio.to_thread(self._load, name, version)
+            model = await asyncio.get_running_loop().run_in_executor(self._loaders, self._load, name, version)
         except VersionNotFound:
             detail = f"{name} has no version {version}. See /v1/models/{name}."
-            raise Problem(HTTPStatus.NOT_FOUND, "unknown-version", detail) from None
+            raise self._failed(key, Problem(HTTPStatus.NOT_FOUND, "unknown-version", detail)) from None
         except Exception as error:  # whatever is wrong with it, others must go on answering
             if not isinstance(error, RegistryUnavailable):
                 log.exception("version %d of %s could not be loaded", version, name)
-            self._failures[key] = (time.monotonic(), f"it could not be loaded: {error}")
-            raise not_loaded(f"Version {version} of {name} could not be loaded: {error}.") from None
+            detail = f"Version {version} of {name} could not be loaded: {error}."
+            raise self._failed(key, not_loaded(detail)) from None
+        if name not in self.directory.entries:  # it went meanwhile
+            _end(model)
+            raise self.directory.unknown(name)
         self._failures.pop(key, None)
         self._models[key] = model
         self._checked[key] = time.monotonic()
@@ -195,16 +212,25 @@ class Shelf:
             self._drop(next(iter(self._models)))
         return model
 
+    def _failed(self, key: Key, problem: Problem) -> Problem:
+        """Remember what is wrong with a version for a while, so that not every request tries again."""
+        now = time.monotonic()
+        self._failures = {old: each for old, each in self._failures.items() if now - each[0] < RETRY_S}
+        self._failures[key] = (now, problem)
+        return problem
+
     async def _recheck(self) -> None:
         """Let go of versions that only their number names, and that the registry has no more."""
         for key in list(self._models):
             name, version = key
-            named = version in self.directory.entries[name].aliases.values()
-            if named or time.monotonic() - self._checked[key] < RECHECK_S:
+            entry = self.directory.entries.get(name)
+            named = entry is None or version in entry.aliases.values()
+            if named or time.monotonic() - self._checked.get(key, 0.0) < RECHECK_S:
                 continue
             self._checked[key] = time.monotonic()
+            loop = asyncio.get_running_loop()
             try:
-                if not await asyncio.to_thread(self._exists, name, version):
+                if not await loop.run_in_executor(self._loaders, self._exists, name, version):
                     self._drop(key)
             except RegistryUnavailable:
                 pass  # what is held stays held
@@ -212,14 +238,21 @@ class Shelf:
     def _drop(self, key: Key) -> None:
         """Let a version go: it ends when those who use it are done."""
         model = self._models.pop(key, None)
+        self._checked.pop(key, None)
         if model is not None:
             self._meter.unloaded(key[0])
         if self._champions.get(key[0]) == key[1]:
             del self._champions[key[0]]
         if model is not None and model not in self._users:
-            self._end(model)
+            _end(model)
 
-    def _end(self, model: Model) -> None:
-        task = asyncio.create_task(asyncio.to_thread(model.close))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let work go on while requests are answered."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _end(model: Model) -> None:
+    """End a model's engines when they have drawn what they hold, however long that takes."""
+    threading.Thread(target=model.close, name="closing", daemon=True).start()

@@ -205,6 +205,7 @@ def test_a_moved_alias_is_told_at_once_and_signed(mlflow_client: MlflowClient, r
     assert registry.signed(headers, body, SECRET)
     assert not registry.signed(headers, body.replace(b"champion", b"champion2"), SECRET)
     assert not registry.signed(headers, body, "former")
+    assert not registry.signed({**headers, "x-mlflow-timestamp": "9" * 5000}, body, SECRET)
     for header in ("x-mlflow-signature", "x-mlflow-timestamp", "x-mlflow-delivery-id"):
         assert not registry.signed({**headers, header: headers[header][:-1] + "\u00e9"}, body, SECRET)
         assert not registry.signed({k: v for k, v in headers.items() if k != header}, body, SECRET)

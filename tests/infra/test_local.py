@@ -207,7 +207,7 @@ def check_haproxy(temp: Path) -> None:
     (file,) = temp.glob("*/haproxy.cfg")
     config = file.read_text()
     limits = (
-        "    timeout http-request 10s\n    timeout http-keep-alive 60s\n"
+        "    option forwardfor\n    timeout http-request 10s\n    timeout http-keep-alive 60s\n"
         "    option http-buffer-request\n    option idle-close-on-response\n"
     )
     assert f"\ndefaults\n{limits}" in config

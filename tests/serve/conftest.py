@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -132,6 +132,13 @@ def directory(version: int = 3, **fields: Any) -> Directory:
     return Directory(**{"entries": entries, "failure": None, "serial": 1, **fields})
 
 
+async def followed(shelf: Shelf, known: Directory, warm: Collection[str] = ()) -> None:
+    """Tell a shelf what the registry has, and wait until it has done what there is to do."""
+    shelf.follow(known, warm)
+    while shelf._tasks:
+        await asyncio.sleep(0.01)
+
+
 class Served:
     """A replica's application with a client that talks to it as if it came through Ray Serve."""
 
@@ -145,7 +152,7 @@ class Served:
         self.audit = audit
         self.app = App(self.shelf, self.keyring, Meter(), Audit(audit), build_pages(), self._refresh)
         self.client = TestClient(self.app, base_url="http://server/v1/models/toy-fake")
-        asyncio.run(self.shelf.follow(directory(), {"toy-fake"}))
+        asyncio.run(followed(self.shelf, directory(), {"toy-fake"}))
 
     @property
     def engine(self) -> Engine:

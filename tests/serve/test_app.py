@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import dataclasses
 import io
 import json
+import math
 import time
 import zipfile
 from pathlib import Path
@@ -14,13 +16,16 @@ import pytest
 import torch
 from PIL import Image
 from starlette.types import Message
+from torch import Tensor
 
 from gdl_ray.engine import request_keys, seeds_of
 from gdl_ray.families import FAMILIES, build
+from gdl_ray.family import Batch
 from serve import app
+from serve.encoding import Samples
 from serve.keys import add, read_records
 from serve.operations import MAX_HELD
-from tests.serve.conftest import directory
+from tests.serve.conftest import Explicit, directory, followed
 
 
 def draw(served: Any, body: Any = None, **headers: str) -> Any:
@@ -274,7 +279,7 @@ def test_the_registry_is_listed(serve_family: Any, explicit: Any) -> None:
     (model,) = answer["models"]
     assert (model["name"], model["champion"], model["path"]) == ("toy-fake", 3, "/v1/models/toy-fake")
     assert answer["registry_failure"] is None
-    asyncio.run(served.shelf.follow(directory(failure="MLflow does not answer"), set()))
+    asyncio.run(followed(served.shelf, directory(failure="MLflow does not answer")))
     answer = served.client.get("http://server/v1/models").json()
     assert answer["registry_failure"] == "MLflow does not answer"
 
@@ -307,7 +312,7 @@ def test_a_version_that_takes_over_while_the_body_arrives_answers(serve_family: 
     messages = []
 
     async def receive() -> Message:
-        await served.shelf.follow(directory(4), set())
+        await followed(served.shelf, directory(4))
         return {"type": "http.request", "body": b'{"n": 2}', "more_body": False}
 
     async def send(message: Message) -> None:
@@ -628,3 +633,134 @@ def test_a_body_that_does_not_end_is_not_waited_for(
 
     asyncio.run(served.app(scope(), never, send))
     assert messages[0]["status"] == 408
+
+
+def test_a_word_of_a_client_names_no_operation(serve_family: Any, explicit: Any) -> None:
+    served = serve_family(explicit)
+    assert served.client.get("/evil-1").status_code == 404
+    served.app._audit._waiting.join()
+    (file,) = served.audit.glob("*")
+    assert json.loads(file.read_text())["operation"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("operation", "body"),
+    [
+        ("sample", {f"f{i}": 0 for i in range(60_000)}),
+        ("encode", {"x": [0], "labels": [""] * 100_000}),
+        ("sample", {"seeds": [-1] * 1000}),
+        ("sample", {"x" * 100_000: "a"}),
+    ],
+)
+def test_a_flood_of_errors_is_told_in_short(serve_family: Any, able: Any, operation: str, body: Any) -> None:
+    response = serve_family(able).client.post(f"/{operation}", json=body)
+    assert response.status_code == 422
+    assert len(response.content) < 10_000
+
+
+class Impossible(Explicit):
+    """Gives -infinity."""
+
+    def log_likelihood(self, batch: Batch, samples: int = 1) -> Tensor:
+        return torch.full((len(batch.x),), -torch.inf)
+
+
+def test_what_json_has_no_number_for_is_null(serve_family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "impossible", Impossible)
+    served = serve_family(Impossible())
+    assert served.client.post("/log_likelihood", json={"x": ONE}).json()["nats"] == [None]
+    known = directory()
+    entry = dataclasses.replace(known.entries["toy-fake"], description={"metrics": {"test/loss": math.nan}})
+    asyncio.run(followed(served.shelf, directory(entries={"toy-fake": entry})))
+    for url in ("", "http://server/v1/models"):
+        assert '"test/loss":null' in served.client.get(url).text
+
+
+def test_completions_of_anything_but_numbers_are_refused(serve_family: Any, able: Any) -> None:
+    body = {"x": [[[["a"] * 4] * 4]], "known": [[[True] * 4] * 4]}
+    assert serve_family(able).client.post("/complete", json=body).status_code == 422
+
+
+def test_who_is_refused_is_not_charged(serve_family: Any, explicit: Any, tmp_path: Path) -> None:
+    served = serve_family(explicit, queue_samples=8)
+    secret, _ = add(tmp_path / "keys.json", "ada", samples_per_minute=100)
+    served.keyring.update(read_records(tmp_path / "keys.json"))
+    bearer = {"authorization": f"Bearer {secret}"}
+    for _ in range(6):
+        assert draw(served, {"n": 30}, **bearer).json()["type"] == "urn:gdl-ray:problem:queue-full"
+    assert draw(served, {"n": 8}, **bearer).status_code == 200
+
+
+def test_a_stream_that_nobody_hears_is_given_up(serve_family: Any, explicit: Any) -> None:
+    served = serve_family(explicit)
+    explicit.gate.clear()
+
+    messages: list[Message] = [
+        {"type": "http.request", "body": b'{"n": 40, "stream": true}', "more_body": False}
+    ]
+
+    async def receive() -> Message:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        raise OSError("nobody listens")
+
+    asyncio.run(served.app(scope(), receive, send))
+    assert served.engine.load.waiting == 0
+    explicit.gate.set()
+    served.app._audit._waiting.join()
+    (file,) = served.audit.glob("*")
+    assert json.loads(file.read_text())["problem"] == "client-gone"
+
+
+def test_what_breaks_in_a_stream_is_told_in_it(serve_family: Any, explicit: Any) -> None:
+    served = serve_family(explicit)
+    explicit.gate.wait = lambda timeout: 1 / 0
+    ((name, problem),) = events(draw(served, {"n": 2, "stream": True}))
+    assert (name, problem["type"]) == ("problem", "urn:gdl-ray:problem:server-error")
+    served.app._audit._waiting.join()
+    (file,) = served.audit.glob("*")
+    assert json.loads(file.read_text())["problem"] == "server-error"
+
+
+class Slow:
+    """A gate that lets each step through after a while."""
+
+    def wait(self, timeout: float) -> bool:
+        time.sleep(0.05)
+        return True
+
+    def set(self) -> None:
+        """Let all through, as it does anyway."""
+
+
+def test_only_the_first_preview_is_measured(serve_family: Any, explicit: Any) -> None:
+    served = serve_family(explicit)
+    seen: list[float] = []
+    explicit.gate = Slow()
+    served.app._meter.previewed = lambda model, seconds: seen.append(seconds)
+    assert len(events(draw(served, {"n": 20, "stream": True}))) > 2
+    assert len(seen) == 1
+
+
+def test_a_name_that_headers_cannot_say_is_written_in_percents() -> None:
+    samples = Samples(np.zeros((1, 1, 2, 2), np.uint8), "zahlen-ä雪", 1, 7, None, np.array([-1]), {})
+    assert samples.headers["X-Model"] == "zahlen-%C3%A4%E9%9B%AA"
+
+
+def test_before_the_registry_has_answered_no_key_is_called_wrong(
+    serve_family: Any, explicit: Any, tmp_path: Path
+) -> None:
+    served = serve_family(explicit, required=True)
+    served.shelf.directory = directory(serial=0, failure="MLflow does not answer")
+    response = draw(served, {}, authorization="Bearer gdl_x")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "2")
+
+
+def test_bodies_have_a_limit_together(
+    serve_family: Any, explicit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "MAX_BODIES_BYTES", 1000)
+    served = serve_family(explicit)
+    assert draw(served, b" " * 1001).status_code == 429
+    assert draw(served, {"n": 1}).status_code == 200
