@@ -1,11 +1,15 @@
-"""The documentation of the HTTP interface: OpenAPI, and a page to try it on, without the internet."""
+"""The pages of the service: a playground, and the documentation of the HTTP interface; both offline."""
 
+import base64
+import hashlib
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field, create_model
 from pydantic.json_schema import models_json_schema
@@ -16,6 +20,8 @@ from serve import requests
 from serve.encoding import MEDIA_TYPES, Format
 from serve.problems import MEDIA_TYPE as PROBLEM
 from serve.problems import ProblemDocument, unknown_path, wrong_method
+
+PLAYGROUND = (Path(__file__).parent / "playground.html").read_text(encoding="utf-8")
 
 DESCRIPTION = """Samples, likelihoods and latents of registered generative models.
 
@@ -242,7 +248,7 @@ _OPERATIONS: list[tuple[str, str, type[requests.Body], type[BaseModel], dict[str
 
 
 def build_pages() -> FastAPI:
-    """Build the application of the documentation."""
+    """Build the application of the playground and the documentation."""
     app = FastAPIOffline(title="gdl_ray", version="1", redoc_url=None)
     document = openapi()
     app.openapi = lambda: document  # type: ignore[method-assign]
@@ -253,11 +259,43 @@ def build_pages() -> FastAPI:
             return wrong_method(request.method, (error.headers or {}).get("Allow", "GET")).response()
         return unknown_path(request.url.path).response()
 
+    headers = {
+        "Content-Security-Policy": content_policy(PLAYGROUND),
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+
     @app.get("/", include_in_schema=False)
-    async def index() -> RedirectResponse:
-        return RedirectResponse("/docs")
+    async def index() -> HTMLResponse:
+        return HTMLResponse(PLAYGROUND, headers=headers)
 
     return app
+
+
+def content_policy(page: str) -> str:
+    """Allow a page its inline script and style, by their sums, and requests to this service; nothing else.
+
+    References:
+        West, Sartori. Content Security Policy Level 3. W3C, 2025. https://www.w3.org/TR/CSP3/
+    """
+    rules = {
+        "default-src": "'none'",
+        "script-src": _sums("script", page),
+        "style-src": _sums("style", page),
+        "img-src": "data: blob:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    return "; ".join(f"{rule} {sources}" for rule, sources in rules.items())
+
+
+def _sums(tag: str, page: str) -> str:
+    texts = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+    digests = (hashlib.sha256(text.encode()).digest() for text in texts)
+    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
 
 def openapi() -> dict[str, Any]:
