@@ -218,6 +218,8 @@ class Sampler(ABC):
     """How many calls of `step` one sample takes, unless its option `steps` says otherwise."""
     options: Mapping[str, Option] = {}
     """What may be set for each sample, by name."""
+    granule: int = 8
+    """Rows are computed in multiples of it: with fewer, other kernels give a sample other last bits."""
 
     @abstractmethod
     def start(self, keys: Tensor, labels: Tensor, options: Mapping[str, Tensor]) -> State:
@@ -240,15 +242,23 @@ class Sampler(ABC):
         """Advance each sample by its step number `index`, int64 (B,), from 0; may overwrite `state`.
 
         What is overwritten in its place, the state returned holds as the same tensor. A row that is nobody's
-        is given step 0 again and again; nobody reads what becomes of it.
+        is given the number of one in use, perhaps beyond its own last; nobody reads what becomes of it.
         """
 
     @abstractmethod
     def finish(self, state: State) -> Tensor:
         """Read off the samples: uint8 (B, C, H, W) or int64 (B, T). Of unfinished ones, a preview.
 
-        The state stays as it is.
+        The state stays as it is. It is to be asked for tensors by name: others may be large.
         """
+
+    def padded(self, rows: Tensor, total: int) -> Tensor:
+        """Repeat some of all rows, numbers int64 (n,), until their count is one that keeps a sample's bits.
+
+        That is a multiple of `granule` on a CPU. On an accelerator it is `total`, the count of all rows.
+        """
+        count = -(-len(rows) // self.granule) * self.granule if rows.device.type == "cpu" else total
+        return rows[torch.arange(count, device=rows.device) % len(rows)]
 
     def settle(self, asked: Mapping[str, float]) -> dict[str, float]:
         """Complete options by their defaults.

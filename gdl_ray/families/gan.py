@@ -190,6 +190,7 @@ class _OneStepSampler(Sampler):
 
     steps = 1
     options = {"temperature": TEMPERATURE}
+    granule = 16  # of 8 images, other convolutions are made
 
     def __init__(self, model: GAN):
         self.model = model

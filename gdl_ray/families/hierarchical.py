@@ -366,6 +366,7 @@ class _Prior(nn.Module):
         """Compute the logits of each sequence's token number `index` (B,): (B, vocabulary)."""
         rows = torch.arange(len(index), device=index.device)
         before = torch.where(index > 0, tokens[rows, index - 1], self.vocabulary)
+        before = before.clamp(min=0)  # a row that is nobody's may lack the token
         h = self.token(before) + self.position[index] + self.label(y)
         logits: Tensor = self.head(self.body.step(h, cache, index))
         return logits

@@ -249,15 +249,51 @@ def computed(model: Family, keys: torch.Tensor, labels: torch.Tensor) -> list[to
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5)], ids=["even", "odd"])
 def test_a_sample_is_the_same_bits_in_any_row_of_any_number_of_rows(key: str, shape: Any) -> None:
-    """Of rows in eights, as the engine steps them; one by one, other kernels may serve them."""
+    """Of rows in granules, as the engine steps them; one by one, other kernels may serve them."""
     model = disturbed(model_of(key, dataclasses.replace(SPECS["grey"], shape=shape)))
+    require_same_bits(model, rows=(8, 16, 24, 40, 56))
+
+
+def test_a_sample_of_28_by_28_pixels_is_the_same_bits_too(key: str) -> None:
+    spec = DataSpec(name="mnist", kind="image", shape=(1, 28, 28), levels=256, classes=10)
+    require_same_bits(disturbed(build(key, preset(key, "mnist", 0.5).model, spec)), rows=(8, 16, 48))
+
+
+def require_same_bits(model: Family, rows: tuple[int, ...]) -> None:
     keys, labels = fold(5, torch.arange(64)), torch.arange(64) % 10
     crowd = computed(model, keys, labels)
-    for rows in (8, 16, 24, 40, 56):
-        place = fold(rows, torch.arange(64)).argsort()[:rows]
+    for count in (count for count in rows if count % model.sampler().granule == 0):
+        place = fold(count, torch.arange(64)).argsort()[:count]
         few = computed(model, keys[place], labels[place])
         for mine, among in zip(few, crowd, strict=True):
             assert len(among) != 64 or torch.equal(mine, among[place])
+
+
+@torch.no_grad()
+def test_a_sample_is_the_same_bits_beside_others_at_any_step(key: str) -> None:
+    model = disturbed(model_of(key, SPECS["grey"]))
+    sampler = model.sampler()
+    options = columns_of(sampler, 64, **few_steps(model, guidance=2.0))
+    keys, labels = fold(5, torch.arange(64)), torch.arange(64) % 10
+    steps = torch.arange(64) % 3 % sampler.steps  # how many each has taken before the one that counts
+
+    def advance(index: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Take step 0 with all rows; from then on rows that are not to go on stay as they are."""
+        state = sampler.start(keys.clone(), labels.clone(), options)
+        for step in range(int(index.max()) + 1):
+            now = torch.minimum(index, torch.tensor(step))
+            held = {name: tensor.clone() for name, tensor in state.items()}
+            state = sampler.step(state, now)
+            for name, tensor in state.items():
+                stays = (index < step).view(-1, *[1] * (tensor.dim() - 1))
+                state[name] = torch.where(stays, held[name], tensor)
+        return state
+
+    mixed = advance(steps)
+    for step in set(steps.tolist()):
+        alike = advance(torch.full_like(steps, step))
+        for name, tensor in alike.items():
+            assert torch.equal(mixed[name][steps == step], tensor[steps == step]), name
 
 
 def test_rows_that_are_nobodys_cost_nothing_extra(key: str) -> None:
@@ -276,6 +312,41 @@ def test_rows_that_are_nobodys_cost_nothing_extra(key: str) -> None:
 
     usual = operations(columns_of(sampler, 8), cleared=False)
     assert operations(columns_of(sampler, 8, **dear), cleared=True) == usual
+
+
+@torch.no_grad()
+def test_a_row_that_is_nobodys_may_be_given_any_step(key: str) -> None:
+    sampler = disturbed(model_of(key, SPECS["grey"])).sampler()
+    keys = fold(0, torch.arange(8))
+    most = sampler.options["steps"].most if "steps" in sampler.options else sampler.steps
+    for last in {sampler.steps, int(most)}:
+        state = sampler.start(keys, keys % 10, columns_of(sampler, 8))
+        sampler.step(state, torch.full_like(keys, last - 1))
+
+
+def test_a_step_costs_no_more_than_the_samples_in_it_need(key: str) -> None:
+    """Five samples at one step cost what eight do: what the engine has the others do is what these do."""
+    model = disturbed(model_of(key, SPECS["grey"]))
+    costs: list[int] = []
+
+    class Counted(type(model.sampler())):  # type: ignore[misc]
+        def step(self, state: Any, index: torch.Tensor) -> Any:
+            with Counting() as counting:  # type: ignore[no-untyped-call]
+                stepped = super().step(state, index)
+            costs.append(counting.operations)
+            return stepped
+
+    sampler = model.sampler()
+    sampler.__class__ = Counted
+    model.sampler = lambda: sampler  # type: ignore[method-assign]
+    engine = Engine(model, slots=16)
+    try:
+        for n in (sampler.granule, sampler.granule - 3):
+            engine.submit(seeds_of(0, n), torch.arange(n) % 10, few_steps(model)).future.result(timeout=120)
+    finally:
+        engine.close(drain=False)
+    many, few = costs[: len(costs) // 2], costs[len(costs) // 2 :]
+    assert few == many
 
 
 def test_completions_of_many_requests_share_an_engine(key: str) -> None:
