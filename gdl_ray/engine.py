@@ -5,15 +5,19 @@ step, each counts its own steps, and a sample leaves when it has taken them all:
 to end, and none waits for a batch to fill.
 
 Samples under way fill the first rows: where one leaves, the last moves in. A step is taken with these rows
-alone, up to a multiple of 8: a few samples do not pay for all slots. Kernels of such shapes give a row the
-same values to the last bit, wherever it is and however many there are, so that a sample does not depend on
-its neighbours; tests/families/test_contract.py sees to it.
+alone, up to a multiple of the sampler's granule: a few samples do not pay for all slots. Kernels of such
+shapes were found to give a row the same values wherever it is and however many there are: bit for bit on the
+CPU, for the families, shapes and sizes that tests/families/test_contract.py covers. Elsewhere a sample
+depends on its neighbours by rounding alone.
 """
 
 import logging
+import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,14 +48,18 @@ SAMPLES, LIKELIHOOD = 0, 1
 MAX_SEED = 2**53 - 1
 """The largest of the integers that JSON numbers hold exactly."""
 
-_ROWS = 8  # fewer do not give a row the same values
 _STEP_DECAY = 0.9  # of the moving average of a step's time
 
 log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):  # noqa: N818  (as queue.Full: it says what is so)
-    """More samples wait than the engine was told to hold; try again later."""
+    """More samples wait than the engine was told to hold, or for longer than who asks would; try again."""
+
+    def __init__(self, told: str, wait_s: float) -> None:
+        super().__init__(told)
+        self.wait_s = wait_s
+        """Estimated seconds that the samples would have waited."""
 
 
 def seeds_of(seed: int, n: int) -> Tensor:
@@ -114,6 +122,18 @@ class Load:
     """Estimated seconds until a sample that is submitted now gets a slot, if all others go first."""
 
 
+class _Chosen(State):
+    """Some rows of a state, each tensor taken when it is asked for: few of them are, and others are large."""
+
+    def __init__(self, state: State, rows: Tensor) -> None:
+        super().__init__()
+        self._state, self._rows = state, rows
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = self._state[name][self._rows]
+        return self[name]
+
+
 class _Sample(NamedTuple):
     """What is in a row."""
 
@@ -129,24 +149,25 @@ class Engine:
 
     Args:
         family: in eval mode; its parameters are not changed while the engine lives.
-        slots: samples under way at a time, a multiple of 8. Up to 64, a sample was found to have the same
-            bits in any company.
-        queue_samples: most samples that may wait for a slot.
+        slots: samples under way at a time, a multiple of the sampler's granule. Up to 64, a sample was found
+            to have the same bits in any company.
+        queue_samples: most samples that may wait for a slot; a client who has less than its equal share of
+            them waiting is let in all the same.
         completes: whether to draw completions of what is given, instead of samples.
 
     Raises:
-        ValueError: slots is no multiple of 8, or the family is to complete and cannot.
+        ValueError: slots is no multiple of the granule, or the family is to complete and cannot.
     """
 
     def __init__(
         self, family: Family, slots: int = 64, queue_samples: int = 4096, completes: bool = False
     ) -> None:
-        if slots < 1 or slots % _ROWS:
-            raise ValueError(f"slots={slots} must be a positive multiple of {_ROWS}")
         self._spec = family.spec
         self._device = next((p.device for p in family.parameters()), torch.device("cpu"))
         self._completion = _completion_of(family) if completes else None
         self._sampler = self._completion(*self._blank()) if self._completion else family.sampler()
+        if slots < 1 or slots % self._sampler.granule:
+            raise ValueError(f"slots={slots} must be a positive multiple of {self._sampler.granule}")
         self._slots, self._queue_samples = slots, queue_samples
         self._state: State = {}
         # Each row's step number, 0 where nobody is. On the CPU, where asking needs no wait.
@@ -173,12 +194,9 @@ class Engine:
     def load(self) -> Load:
         """How busy it is now; any thread may ask."""
         with self._changed:
-            rows, waiting, steps = self._rows, self._queue.samples, self._queue.steps
-        wait_s = 0.0
-        if len(rows) + waiting >= self._slots:
-            soonest = min((sample.end for sample in rows), default=self.steps)
-            wait_s = (max(0, soonest - self.steps) + steps / self._slots) * self._step_s
-        return Load(self._slots, len(rows), waiting, self._step_s, wait_s)
+            active, waiting = len(self._rows), self._queue.samples
+            wait_s = self._wait_s(self._queue.steps) if active + waiting >= self._slots else 0.0
+        return Load(self._slots, active, waiting, self._step_s, wait_s)
 
     def submit(
         self,
@@ -190,26 +208,29 @@ class Engine:
         given: tuple[Tensor, Tensor] | None = None,
         previews: int = 0,
         on_preview: Callable[[Preview], None] | None = None,
+        most_wait_s: float = math.inf,
     ) -> Job:
         """Ask for one sample per seed, with the keys `keys_of(seeds)`; any thread may.
 
         Args:
             seeds: int64 (n,), n of 1 or more, on the CPU, each in [0, MAX_SEED].
-            labels: classes, int64 (n,), on the CPU; UNLABELLED asks for any.
+            labels: classes, int64 (n,), on the CPU, in [0, classes - 1]; UNLABELLED asks for any.
             options: those of `self.options` that are not to have their defaults.
-            client: whoever asks; free slots go to clients in turns.
+            client: whoever asks; clients share slots and queue evenly.
             given: of an engine that completes, and of no other: examples (n, ...) as in Batch and what is
                 known of each, bool of the same shape, on the CPU.
             previews: how often `on_preview` is shown what there is: after equal parts of the work. Samples
                 that take a single step have none.
             on_preview: called on the engine's thread, which waits; what it raises is logged.
+            most_wait_s: estimated wait for slots, in seconds, that is too long.
 
         Raises:
-            QueueFull: the samples do not fit into the queue.
+            QueueFull: the samples do not fit into the queue, or would wait for too long.
             RuntimeError: the engine is closed.
             ValueError: an argument is not as described.
         """
         _check_columns(seeds, labels)
+        self._check_labels(labels)
         self._check_given(given, len(seeds))
         if previews < 0:
             raise ValueError(f"previews={previews} must not be negative")
@@ -220,13 +241,10 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")
-            if self._queue.samples + job.missing > self._queue_samples:
-                raise QueueFull(
-                    f"{self._queue.samples} samples wait, {self._queue_samples} may; {job.missing} more asked"
-                )
+            self._check_room(job, most_wait_s)
+            job.future.add_done_callback(self._withdrawal(weakref.ref(job)))
             self._queue.add(job)
             self._changed.notify()
-        job.future.add_done_callback(lambda _: self._withdraw(job))
         return job
 
     def close(self, drain: bool) -> None:
@@ -239,43 +257,91 @@ class Engine:
             job.cancel()
         self._thread.join()
 
-    def _withdraw(self, job: Job) -> None:
-        """Take what still waits of a settled job out of the queue."""
-        with self._changed:
-            self._queue.remove(job)
+    def _withdrawal(self, job: weakref.ref[Job]) -> Callable[["Future[Tensor]"], None]:
+        """Make what takes the rest of a job out of the queue once it is settled.
+
+        The job is referred to weakly: its future holds this, and a cycle would keep its tensors.
+        """
+
+        def withdraw(_: "Future[Tensor]") -> None:
+            with self._changed:
+                if waiting := job():
+                    self._queue.remove(waiting)
+
+        return withdraw
+
+    def _wait_s(self, steps: float) -> float:
+        """Estimate how long so many steps keep a sample from its slot, if none is free."""
+        soonest = min((sample.end for sample in self._rows), default=self.steps)
+        return (max(0, soonest - self.steps) + steps / self._slots) * self._step_s
+
+    def _check_room(self, job: Job, most_wait_s: float) -> None:
+        """Refuse a job that the queue does not hold, or not for long enough."""
+        clients, jobs = self._queue.rivals(job.client)
+        waiting, own, n = self._queue.samples, self._queue.waiting(job.client), job.missing
+        free = len(self._rows) + waiting + n <= self._slots
+        turns = job.steps * n * jobs * clients  # until all of them have gone as often as this job
+        wait_s = 0.0 if free else self._wait_s(min(turns, self._queue.steps))
+        if waiting + n > self._queue_samples and own + n > self._queue_samples / clients:
+            raise QueueFull(f"{waiting} samples wait, {self._queue_samples} may; {n} more asked", wait_s)
+        if wait_s > most_wait_s:
+            raise QueueFull(f"{n} more samples would wait for {wait_s:.0f} s", wait_s)
 
     @torch.no_grad()
     def _loop(self) -> None:
-        while (placed := self._admit()) is not None:
-            since = time.perf_counter()
-            try:
-                if placed:
-                    self._start(placed)
-                self._advance()
-                complete, pictures = self._harvest()
-            except Exception as error:  # a broken sampler must not take the engine down
-                self._fail(error)
-                continue
-            self._measure(time.perf_counter() - since)
-            for job in complete:
-                if job.future.set_running_or_notify_cancel():  # False if it was cancelled at the last moment
-                    job.future.set_result(job.samples)
-            for job, picture in pictures:
-                _show(job, picture)
+        """Work until the engine is closed; should that itself fail, leave nobody waiting."""
+        try:
+            while self._wait():
+                try:
+                    self._work()
+                except Exception as error:  # a broken sampler must not take the engine down
+                    self._fail(error, {sample.job for sample in self._rows})
+                    self._reset()
+        finally:
+            with self._changed:
+                self._closed = True
+                held = {*self._queue.jobs(), *(sample.job for sample in self._rows)}
+            self._fail(RuntimeError("the engine's thread ended"), held)
 
-    def _admit(self) -> list[tuple[Job, range]] | None:
-        """Free the rows of cancelled jobs, wait for work and give it rows; None ends the thread."""
-        self._leave([row for row, sample in enumerate(self._rows) if sample.job.future.cancelled()])
+    def _wait(self) -> bool:
+        """Wait until there is something to do; False if there will be nothing more."""
         with self._changed:
-            while not self._rows and not self._queue.samples:
-                if self._closed:
-                    return None
-                self._changed.wait()
-            placed = self._queue.take(self._slots - len(self._rows))
+            self._changed.wait_for(lambda: self._rows or self._queue.samples or self._closed)
+            return bool(self._rows or self._queue.samples)
+
+    def _work(self) -> None:
+        """Take one step, with the samples that are under way and those that find room."""
+        since = time.perf_counter()
+        self._leave([row for row, sample in enumerate(self._rows) if sample.job.future.done()])
+        self._begin(self._admit())
+        if not self._rows:
+            return
+        self._advance()
+        complete, pictures = self._harvest()
+        self._measure(time.perf_counter() - since)
+        for job in complete:
+            job.settle(job.samples)
+        for job, picture in pictures:
+            _show(job, picture)
+
+    def _admit(self) -> list[tuple[Job, range]]:
+        """Give free rows, the first of them, to samples that wait: jobs, and the numbers of their samples."""
+        with self._changed:
+            placed = self._queue.take(self._slots, [sample.job for sample in self._rows])
             self._rows = self._rows + [
                 _Sample(job, number, self.steps + job.steps) for job, numbers in placed for number in numbers
             ]
         return placed
+
+    def _begin(self, placed: list[tuple[Job, range]]) -> None:
+        """Start the samples that took the last rows; if that fails, their jobs alone do."""
+        if not placed:
+            return
+        try:
+            self._start(placed)
+        except Exception as error:
+            self._rows = self._rows[: -sum(len(numbers) for _, numbers in placed)]
+            self._fail(error, {job for job, _ in placed})
 
     def _start(self, placed: list[tuple[Job, range]]) -> None:
         """Begin the samples that took the last rows."""
@@ -313,7 +379,8 @@ class Engine:
 
     def _used(self, count: int) -> int:
         """Count the rows that are computed for so many samples; all on an accelerator, to which it is one."""
-        return -(-count // _ROWS) * _ROWS if self._device.type == "cpu" else self._slots
+        granule = self._sampler.granule
+        return -(-count // granule) * granule if self._device.type == "cpu" else self._slots
 
     def _view(self) -> State:
         """See the rows that are computed now; what is written there is written to the state."""
@@ -323,8 +390,9 @@ class Engine:
     def _advance(self) -> None:
         """Take one step with every sample."""
         view = self._view()
-        index = self._index[: self._used(len(self._rows))].to(self._device)
-        stepped = self._sampler.step(dict(view), index)
+        index = self._index[: self._used(len(self._rows))].clone()
+        index[len(self._rows) :] = index[0]  # a step that no sample takes might cost as much as one that does
+        stepped = self._sampler.step(dict(view), index.to(self._device))
         for name, tensor in view.items():
             if stepped[name] is not tensor:  # else it was overwritten in its place
                 tensor.copy_(stepped[name])
@@ -339,18 +407,25 @@ class Engine:
         watched = {job for job in {sample.job for sample in self._rows} if job.due}
         if not ended and not watched:
             return [], []
-        samples = self._sampler.finish(self._view()).cpu()
-        finished = self._by_job(ended)
+        under_way = [row for row, sample in enumerate(self._rows) if sample.job in watched]
+        finished, pictured = self._by_job(ended), self._by_job(under_way)
+        samples = self._finish(sorted({*ended, *under_way}))
         for job, rows in finished.items():
-            job.keep([self._rows[row].number for row in rows], samples[rows])
+            job.keep([self._rows[row].number for row in rows], samples(rows))
         self.drawn += len(ended)
-        under_way = self._by_job([row for row, sample in enumerate(self._rows) if sample.job in watched])
         pictures = [
-            (job, job.preview([self._rows[row].number for row in rows], samples[rows]))
-            for job, rows in under_way.items()
+            (job, job.preview([self._rows[row].number for row in rows], samples(rows)))
+            for job, rows in pictured.items()
         ]
         self._leave(ended)  # last: until then `_fail` finds the jobs by their rows
         return [job for job in finished if job.drawn == len(job.seeds)], pictures
+
+    def _finish(self, rows: list[int]) -> Callable[[list[int]], Tensor]:
+        """Read off the samples in some rows: a function gives those of a part of the rows, on the CPU."""
+        some = self._sampler.padded(torch.tensor(rows, device=self._device), self._slots)
+        samples = self._sampler.finish(_Chosen(self._state, some)).cpu()
+        place = {row: i for i, row in enumerate(rows)}
+        return lambda part: samples[[place[row] for row in part]]
 
     def _by_job(self, rows: list[int]) -> dict[Job, list[int]]:
         found: dict[Job, list[int]] = {}
@@ -378,17 +453,23 @@ class Engine:
             if name in self._state:
                 self._state[name][begin:end] = option.default
 
-    def _fail(self, error: Exception) -> None:
-        """Fail the jobs under way and start afresh."""
-        jobs = {sample.job for sample in self._rows}
+    def _fail(self, error: Exception, jobs: set[Job]) -> None:
+        """Fail some jobs, and forget what still waits of them."""
+        with self._changed:
+            for job in jobs:
+                self._queue.remove(job)
+        for job in jobs:
+            job.settle(error)
+
+    def _reset(self) -> None:
+        """Begin afresh, with nobody under way."""
         self._rows, self._state = [], {}
         self._index.zero_()
-        for job in jobs:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
 
     def _measure(self, spent_s: float) -> None:
-        """Take the time of a step into the average."""
+        """Take the time of a step into the average; the first of all is slower."""
+        if self.steps == 1:
+            return
         self._step_s = _STEP_DECAY * self._step_s + (1 - _STEP_DECAY) * spent_s if self._step_s else spent_s
 
     def _blank(self) -> tuple[Tensor, Tensor]:
@@ -396,6 +477,15 @@ class Engine:
         dtype = torch.uint8 if self._spec.kind == "image" else torch.int64
         x = torch.zeros(1, *self._spec.shape, dtype=dtype, device=self._device)
         return x, torch.zeros_like(x, dtype=torch.bool)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """Refuse labels that the data have not."""
+        classes = self._spec.classes
+        for label in labels[(labels >= classes) | ((labels < 0) & (labels != UNLABELLED))].tolist():
+            told = (
+                f"in [0, {classes - 1}], or {UNLABELLED} for any" if classes else f"{UNLABELLED}: it has none"
+            )
+            raise ValueError(f"labels hold {label}; each must be {told}")
 
     def _check_given(self, given: tuple[Tensor, Tensor] | None, n: int) -> None:
         """Refuse what is given if it is not what this engine draws from."""

@@ -1,16 +1,31 @@
 """The queue of a sampling engine: waiting jobs take free slots in turns.
 
-A turn is one sample. Clients take turns first, and the jobs of a client among themselves: a request of a
-thousand samples does not starve one of four, nor a client's hundred requests another client's one.
+A turn is one sample, and is charged its steps: the client who was charged the least is next, and of its jobs
+the one that was charged the least. So a request of a thousand samples does not starve one of four, nor a
+client's hundred requests another client's one, nor samples of a thousand steps those of ten.
+
+Whoever joins starts at what one who had waited all along would have been charged: to have been away saves
+nothing up, and a train of newcomers cannot hold up those who wait.
+
+Of samples that take more than 100 steps a client holds at most 7/8 of the slots, so that others find room.
+
+References:
+    Demers, Keshav, Shenker. Analysis and Simulation of a Fair Queueing Algorithm. SIGCOMM 1989.
+    https://doi.org/10.1145/75246.75248
 """
 
-from collections import deque
-from collections.abc import Callable, Mapping
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+LONG = 100
+"""A sample that takes more steps is long."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -23,7 +38,7 @@ class Preview:
     """As the job's own, on the CPU: finished ones final, others as they are so far, zeros if not begun."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Job:
     """The samples of one request."""
 
@@ -47,6 +62,8 @@ class Job:
     """How many of the samples are finished."""
     taken: int = 0
     """Steps taken so far, over all samples."""
+    charged: float = 0.0
+    """What it pays for its turns, in steps, counted from when its client was first seen."""
     shown: int = 0
     """How many parts of the work had been done when the last preview was shown."""
     samples: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -55,6 +72,21 @@ class Job:
     def cancel(self) -> None:
         """Give the samples up: their slots are free at the next step. Too late once they are drawn."""
         self.future.cancel()
+
+    def settle(self, outcome: Tensor | Exception) -> None:
+        """Resolve the future, unless that is done."""
+        # The second is False if it is cancelled at this very moment.
+        if self.future.done() or not self.future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+    @property
+    def long(self) -> bool:
+        """Whether its samples are long."""
+        return self.steps > LONG
 
     @property
     def missing(self) -> int:
@@ -87,56 +119,128 @@ class Job:
         return Preview(self.share, picture)
 
 
+@dataclass(eq=False, slots=True)
+class _Client:
+    """Whoever asks, and the jobs of it that wait."""
+
+    charged: float
+    """What it pays for its turns, in steps, on the clock of all clients."""
+    turn: int
+    """Number of its last turn, or of its joining: among equals, whoever waits longest is next."""
+    clock: float = 0.0
+    """What a job of it that had waited all along would have been charged."""
+    lines: tuple[list[tuple[float, int, Job]], ...] = field(default_factory=lambda: ([], []))
+    """Heaps of its jobs, the next one first, with their charge and last turn: short ones and long ones."""
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for line in self.lines for _, _, job in line]
+
+    @property
+    def count(self) -> int:
+        """How many of its jobs wait."""
+        return sum(map(len, self.lines))
+
+    def line(self, long_too: bool) -> list[tuple[float, int, Job]]:
+        """Find the line whose first job is next; an empty one if there is none."""
+        short, long = self.lines
+        filled = [line for line in (short, long if long_too else []) if line]
+        return min(filled, default=[], key=lambda line: line[0])
+
+
 class Turns:
     """Jobs that wait. Its owner sees to it that one thread at a time uses it."""
 
     def __init__(self) -> None:
-        # The client whose turn is next comes first, and so do its jobs.
-        self._clients: dict[str, deque[Job]] = {}
+        # Of those of whom nothing waits, the ones that paid ahead of the clock.
+        self._clients: dict[str, _Client] = {}
+        self._clock = 0.0
+        self._turns = itertools.count()
         self.samples = 0
         """How many samples wait."""
         self.steps = 0
         """How many steps they will take."""
 
     def add(self, job: Job) -> None:
-        """Line a job up behind the others of its client, or its client behind the other clients."""
-        self._clients.setdefault(job.client, deque()).append(job)
+        """Line a job up among those of its client, or its client among the clients."""
+        turn = next(self._turns)
+        client = self._clients.setdefault(job.client, _Client(self._clock, turn))
+        if not client.count:
+            client.charged, client.turn = max(client.charged, self._clock), turn
+        job.charged = client.clock
+        heapq.heappush(client.lines[job.long], (job.charged, turn, job))
         self._count(job, job.missing)
 
     def remove(self, job: Job) -> None:
         """Take out what still waits of a job, if anything does."""
         if job.missing:
-            self._clients[job.client].remove(job)
-            if not self._clients[job.client]:
-                del self._clients[job.client]
+            line = self._clients[job.client].lines[job.long]
+            line[:] = [entry for entry in line if entry[2] is not job]
+            heapq.heapify(line)
             self._count(job, -job.missing)
             job.admitted = len(job.seeds)
 
     def jobs(self) -> list[Job]:
         """List the jobs of which something waits."""
-        return [job for jobs in self._clients.values() for job in jobs]
+        return [job for client in self._clients.values() for job in client.jobs]
 
-    def take(self, room: int) -> list[tuple[Job, range]]:
-        """Admit as many samples as there is room for: jobs, and the numbers of their samples."""
-        counts: dict[Job, int] = {}
-        while room and self._clients:
-            job = self._turn()
-            counts[job] = counts.get(job, 0) + 1
+    def waiting(self, name: str) -> int:
+        """Count the samples of a client that wait."""
+        return sum(job.missing for job in self._clients[name].jobs) if name in self._clients else 0
+
+    def rivals(self, name: str) -> tuple[int, int]:
+        """Count the clients of whom something waits and this client's jobs, were it to ask once more."""
+        counts = {each: client.count for each, client in self._clients.items() if client.count}
+        return len(counts.keys() | {name}), counts.get(name, 0) + 1
+
+    def take(self, slots: int, held: Sequence[Job]) -> list[tuple[Job, range]]:
+        """Admit as many samples as there is room for: jobs, and the numbers of their samples.
+
+        Args:
+            slots: how many there are.
+            held: whose the samples in them are.
+        """
+        room = slots - len(held)
+        long = Counter(job.client for job in held if job.long)
+        counts: Counter[Job] = Counter()
+        while room and (job := self._turn(long, slots * 7 // 8)):
+            long[job.client] += job.long
+            counts[job] += 1
             room -= 1
+        self._forget()
         return [(job, range(job.admitted - count, job.admitted)) for job, count in counts.items()]
 
-    def _turn(self) -> Job:
-        """Admit a sample of the job whose turn it is; what it has left, and its client, go to the back."""
-        client = next(iter(self._clients))
-        jobs = self._clients.pop(client)
-        job = jobs.popleft()
+    def _turn(self, long: Mapping[str, int], most: int) -> Job | None:
+        """Admit a sample of the job whose turn it is; None if all that wait are long, and have the most."""
+        ready = [
+            (client.charged, client.turn, client, line)
+            for name, client in self._clients.items()
+            if (line := client.line(long_too=long[name] < most))
+        ]
+        if not ready:
+            return None
+        _, _, client, line = min(ready, key=lambda each: each[:2])
+        _, _, job = line[0]
+        client.turn = next(self._turns)
+        self._clock += job.steps / sum(client.count > 0 for client in self._clients.values())
+        client.clock += job.steps / client.count
+        client.charged += job.steps
+        job.charged += job.steps
         job.admitted += 1
         self._count(job, -1)
         if job.missing:
-            jobs.append(job)
-        if jobs:
-            self._clients[client] = jobs
+            heapq.heapreplace(line, (job.charged, client.turn, job))
+        else:
+            heapq.heappop(line)
         return job
+
+    def _forget(self) -> None:
+        """Keep no account of those who have gone, but for those who paid ahead while others waited."""
+        kept = self._clients if self.samples else {}
+        ahead = self._clock
+        self._clients = {
+            name: client for name, client in kept.items() if client.count or client.charged > ahead
+        }
 
     def _count(self, job: Job, samples: int) -> None:
         self.samples += samples
