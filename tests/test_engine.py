@@ -1,10 +1,12 @@
 """The engine against samplers whose every value is known."""
 
+import gc
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -81,6 +83,17 @@ class Stride(Sampler):
 
     def finish(self, state: State) -> Tensor:
         return state["sum"].to(torch.uint8).view(-1, 1, 1, 1)
+
+
+class Strides(Stride):
+    """Strides that wait at a gate."""
+
+    def __init__(self, before_step: Callable[[Tensor], None]) -> None:
+        self.before_step = before_step
+
+    def step(self, state: State, index: Tensor) -> State:
+        self.before_step(index)
+        return super().step(state, index)
 
 
 class Net(Sampler):
@@ -308,6 +321,94 @@ def test_the_queue_is_bounded_in_samples() -> None:
         gate.open()
 
 
+def test_a_client_with_less_than_its_share_of_the_queue_is_let_in() -> None:
+    gate = Gate()
+    with running(walk(1, gate), slots=8, queue_samples=40) as engine:
+        engine.submit(seeds_of(0, 8), labels_of(8), client="busy")
+        gate.wait()
+        engine.submit(seeds_of(1, 40), labels_of(40), client="busy")
+        other = engine.submit(seeds_of(2, 20), labels_of(20), client="other")
+        for client in ("busy", "other"):
+            with pytest.raises(QueueFull, match="60 samples wait, 40 may; 1 more asked"):
+                engine.submit(seeds_of(3, 1), labels_of(1), client=client)
+        gate.open()
+        assert len(other.future.result(timeout=10)) == 20
+
+
+def test_who_would_wait_for_too_long_is_refused_and_told_how_long() -> None:
+    gate = Gate()
+    with running(Fake(lambda: Strides(gate)), slots=8) as engine:
+        engine.submit(seeds_of(0, 88), labels_of(88), {"steps": 9}, client="busy")
+        gate.wait()
+        gate.step(2)
+        step_s = engine.load.step_s
+        assert engine.load.wait_s == pytest.approx((7 + 80 * 9 / 8) * step_s)
+        cases = [("busy", 4, 3, 4 * 3 * 2 * 1), ("other", 4, 3, 4 * 3 * 2), ("other", 100, 9, 80 * 9)]
+        for client, n, steps, before in cases:
+            wait_s = (7 + before / 8) * step_s
+            with pytest.raises(QueueFull, match=f"{n} more samples would wait") as refused:
+                engine.submit(
+                    seeds_of(1, n), labels_of(n), {"steps": steps}, client=client, most_wait_s=0.99 * wait_s
+                )
+            assert refused.value.wait_s == pytest.approx(wait_s)
+        job = engine.submit(
+            seeds_of(1, 4), labels_of(4), {"steps": 3}, client="other", most_wait_s=11 * step_s
+        )
+        gate.open()
+        assert job.future.result(timeout=10).flatten().tolist() == [3] * 4
+
+
+def test_who_finds_room_waits_for_nothing() -> None:
+    gate = Gate()
+    with running(walk(9, gate), slots=8) as engine:
+        ask(engine, 0, labels_of(4))
+        gate.wait()
+        gate.step(2)
+        job = engine.submit(seeds_of(1, 4), labels_of(4), most_wait_s=0)
+        gate.open()
+        assert len(job.future.result(timeout=10)) == 4
+
+
+def test_a_short_request_overtakes_long_ones() -> None:
+    """Of a client's 64 samples of 3000 steps, 56 are under way: another's single step is taken at once."""
+
+    class Long(Stride):
+        options = {**Stride.options, "steps": Option(default=3, least=1, most=3000, meaning="", whole=True)}
+
+        def step(self, state: State, index: Tensor) -> State:
+            time.sleep(0.001)
+            return super().step(state, index)
+
+    with running(Fake(Long), slots=64) as engine:
+        long = engine.submit(seeds_of(0, 64), labels_of(64), {"steps": 3000}, client="long")
+        while not engine.steps:
+            time.sleep(0.001)
+        assert (engine.load.active, engine.load.waiting) == (56, 8)
+        short = engine.submit(seeds_of(1, 1), labels_of(1), {"steps": 1}, client="short")
+        assert short.future.result(timeout=10).item() == 1
+        assert not long.future.done()
+        assert engine.steps < 3000
+
+
+def test_only_what_is_asked_for_is_finished() -> None:
+    """Rows that ended and rows to be shown, in granules; and of the state what the finisher reads."""
+    finished: list[tuple[int, list[str]]] = []
+
+    class Counted(Stride):
+        granule = 4
+
+        def finish(self, state: State) -> Tensor:
+            samples = super().finish(state)
+            finished.append((len(samples), sorted(state)))
+            return samples
+
+    with running(Fake(Counted), slots=32) as engine:
+        jobs = [ask(engine, 0, labels_of(n), {"steps": n}) for n in (1, 5, 9)]
+        for job in jobs:
+            job.future.result(timeout=10)
+    assert finished == [(4, ["sum"]), (8, ["sum"]), (12, ["sum"])]
+
+
 def test_a_sampler_that_raises_fails_its_jobs_and_no_others() -> None:
     gate = Gate()
     failures = [ArithmeticError("loss of precision")]
@@ -373,6 +474,95 @@ def test_an_engine_that_itself_fails_lives_on(monkeypatch: pytest.MonkeyPatch, m
         assert (engine.load.waiting, engine.load.active) == (0, 0)
         result = ask(engine, 1, labels_of(2)).future.result(timeout=10)
         assert torch.equal(result, walk(3).sample(request_keys(1, 2)))
+
+
+def test_rows_that_cannot_be_freed_fail_their_jobs_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate()
+    with running(walk(1000, gate)) as engine:
+        dropped = ask(engine, 1, labels_of(4))
+        gate.wait()
+        neighbour = ask(engine, 2, labels_of(4))
+        gate.step()
+        put = Tensor.__setitem__
+
+        def without_memory(tensor: Tensor, place: Any, value: Any) -> None:
+            if isinstance(place, list):  # as where rows move
+                monkeypatch.undo()
+                raise MemoryError
+            put(tensor, place, value)
+
+        monkeypatch.setattr(Tensor, "__setitem__", without_memory)
+        dropped.cancel()
+        gate.open()
+        with pytest.raises(MemoryError):
+            neighbour.future.result(timeout=10)
+        result = ask(engine, 3, labels_of(2)).future.result(timeout=10)
+        assert torch.equal(result, walk(1000).sample(request_keys(3, 2)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_ends_leaves_nobody_waiting() -> None:
+    gate = Gate()
+
+    def leave(index: Tensor) -> None:
+        gate(index)
+        raise SystemExit
+
+    with running(walk(3, leave)) as engine:
+        jobs = [ask(engine, seed, labels_of(8)) for seed in range(2)]
+        gate.wait()
+        gate.open()
+        for job in jobs:
+            with pytest.raises(RuntimeError, match="the engine's thread ended"):
+                job.future.result(timeout=10)
+        with pytest.raises(RuntimeError, match="closed"):
+            ask(engine, 0, labels_of(1))
+
+
+def test_nothing_waits_of_a_job_that_failed_while_it_was_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job fails before its submission has gone on from where others can see it."""
+    failed = threading.Event()
+
+    def fail(index: Tensor) -> None:
+        raise MemoryError
+
+    class Slow(Future[Tensor]):
+        def add_done_callback(self, fn: Callable[[Future[Tensor]], object]) -> None:
+            failed.wait(timeout=0.2)
+            super().add_done_callback(fn)
+
+        def set_exception(self, exception: BaseException | None) -> None:
+            super().set_exception(exception)
+            failed.set()
+
+    monkeypatch.setattr("gdl_ray.engine.Job", lambda *args: Job(*args, future=Slow()))
+    with running(walk(3, fail)) as engine:
+        job = ask(engine, 1, labels_of(30))
+        with pytest.raises(MemoryError):
+            job.future.result(timeout=10)
+        assert (engine.load.waiting, engine.load.active) == (0, 0)
+        with pytest.raises(MemoryError):
+            ask(engine, 2, labels_of(1)).future.result(timeout=10)
+
+
+def test_a_finished_job_is_gone_at_once() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with running(walk(2)) as engine:
+            gone = []
+            for seed in range(5):
+                job = ask(engine, seed, labels_of(4))
+                gone += [weakref.ref(job), weakref.ref(job.future.result(timeout=10))]
+            del job
+            deadline = time.monotonic() + 10
+            while any(thing() is not None for thing in gone) and time.monotonic() < deadline:
+                time.sleep(0.01)  # the engine may be about to let go of the last
+            assert [thing() for thing in gone] == [None] * len(gone)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("drain", [True, False])
