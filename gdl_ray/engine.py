@@ -2,13 +2,8 @@
 
 The engine owns a fixed number of slots, the rows of one state. Waiting samples take free slots before any
 step, each counts its own steps, and a sample leaves when it has taken them all: no request waits for another
-to end, and none waits for a batch to fill.
-
-Samples under way fill the first rows: where one leaves, the last moves in. A step is taken with these rows
-alone, up to a multiple of the sampler's granule: a few samples do not pay for all slots. Kernels of such
-shapes were found to give a row the same values wherever it is and however many there are: bit for bit on the
-CPU, for the families, shapes and sizes that tests/families/test_contract.py covers. Elsewhere a sample
-depends on its neighbours by rounding alone.
+to end, and none waits for a batch to fill. Who waits takes turns: see `turns`. Where samples lie, and why one
+does not depend on its neighbours: see `rows`.
 """
 
 import logging
@@ -25,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdl_ray.family import UNLABELLED, Completion, Family, Option, Sampler, State
+from gdl_ray.family import UNLABELLED, Completion, Family, Option, Sampler
 from gdl_ray.random import fold
+from gdl_ray.rows import Rows
 from gdl_ray.turns import Job, Preview, Turns
 
 __all__ = [
@@ -122,18 +118,6 @@ class Load:
     """Estimated seconds until a sample that is submitted now gets a slot, if all others go first."""
 
 
-class _Chosen(State):
-    """Some rows of a state, each tensor taken when it is asked for: few of them are, and others are large."""
-
-    def __init__(self, state: State, rows: Tensor) -> None:
-        super().__init__()
-        self._state, self._rows = state, rows
-
-    def __missing__(self, name: str) -> Tensor:
-        self[name] = self._state[name][self._rows]
-        return self[name]
-
-
 class _Sample(NamedTuple):
     """What is in a row."""
 
@@ -166,13 +150,9 @@ class Engine:
         self._device = next((p.device for p in family.parameters()), torch.device("cpu"))
         self._completion = _completion_of(family) if completes else None
         self._sampler = self._completion(*self._blank()) if self._completion else family.sampler()
-        if slots < 1 or slots % self._sampler.granule:
-            raise ValueError(f"slots={slots} must be a positive multiple of {self._sampler.granule}")
         self._slots, self._queue_samples = slots, queue_samples
-        self._state: State = {}
-        # Each row's step number, 0 where nobody is. On the CPU, where asking needs no wait.
-        self._index = torch.zeros(slots, dtype=torch.int64)
-        # Whose the first rows are; a new list at each change, so that any thread may read it.
+        self._state = Rows(self._sampler, slots, self._device)
+        # Whose its first rows are; a new list at each change, so that any thread may read it.
         self._rows: list[_Sample] = []
         self._queue = Turns()
         self._step_s = 0.0
@@ -296,7 +276,8 @@ class Engine:
                     self._work()
                 except Exception as error:  # a broken sampler must not take the engine down
                     self._fail(error, {sample.job for sample in self._rows})
-                    self._reset()
+                    self._rows = []
+                    self._state.reset()
         finally:
             with self._changed:
                 self._closed = True
@@ -346,7 +327,7 @@ class Engine:
     def _start(self, placed: list[tuple[Job, range]]) -> None:
         """Begin the samples that took the last rows."""
         fresh = self._rows[-sum(len(numbers) for _, numbers in placed) :]
-        blanks = self._used(len(fresh)) - len(fresh)
+        blanks = self._state.computed(len(fresh)) - len(fresh)
 
         def column(of: Callable[[Job], Tensor], blank: float) -> Tensor:
             parts = [of(job)[numbers.start : numbers.stop] for job, numbers in placed]
@@ -363,40 +344,11 @@ class Engine:
             x, known = column(lambda job: job.given[0], 0), column(lambda job: job.given[1], 0)
             sampler = self._completion(x, known)
         keys, labels = keys_of(column(lambda job: job.seeds, 0)), column(lambda job: job.labels, UNLABELLED)
-        self._place(sampler.start(keys, labels, options), len(fresh))
-
-    def _place(self, started: State, count: int) -> None:
-        """Put the first rows of a state where the last samples are."""
-        if not self._state:
-            self._state = {
-                name: tensor[:1].repeat(self._slots, *[1] * (tensor.dim() - 1))
-                for name, tensor in started.items()
-            }
-            self._clear(0, self._slots)
-        end = len(self._rows)
-        for name, tensor in self._state.items():
-            tensor[end - count : end] = started[name][:count]
-
-    def _used(self, count: int) -> int:
-        """Count the rows that are computed for so many samples; all on an accelerator, to which it is one."""
-        granule = self._sampler.granule
-        return -(-count // granule) * granule if self._device.type == "cpu" else self._slots
-
-    def _view(self) -> State:
-        """See the rows that are computed now; what is written there is written to the state."""
-        rows = self._used(len(self._rows))
-        return {name: tensor[:rows] for name, tensor in self._state.items()}
+        self._state.add(sampler.start(keys, labels, options), len(fresh))
 
     def _advance(self) -> None:
         """Take one step with every sample."""
-        view = self._view()
-        index = self._index[: self._used(len(self._rows))].clone()
-        index[len(self._rows) :] = index[0]  # a step that no sample takes might cost as much as one that does
-        stepped = self._sampler.step(dict(view), index.to(self._device))
-        for name, tensor in view.items():
-            if stepped[name] is not tensor:  # else it was overwritten in its place
-                tensor.copy_(stepped[name])
-        self._index[: len(self._rows)] += 1
+        self._state.step()
         self.steps += 1
         for sample in self._rows:
             sample.job.taken += 1
@@ -409,7 +361,7 @@ class Engine:
             return [], []
         under_way = [row for row, sample in enumerate(self._rows) if sample.job in watched]
         finished, pictured = self._by_job(ended), self._by_job(under_way)
-        samples = self._finish(sorted({*ended, *under_way}))
+        samples = self._state.finish(sorted({*ended, *under_way}))
         for job, rows in finished.items():
             job.keep([self._rows[row].number for row in rows], samples(rows))
         self.drawn += len(ended)
@@ -420,13 +372,6 @@ class Engine:
         self._leave(ended)  # last: until then `_fail` finds the jobs by their rows
         return [job for job in finished if job.drawn == len(job.seeds)], pictures
 
-    def _finish(self, rows: list[int]) -> Callable[[list[int]], Tensor]:
-        """Read off the samples in some rows: a function gives those of a part of the rows, on the CPU."""
-        some = self._sampler.padded(torch.tensor(rows, device=self._device), self._slots)
-        samples = self._sampler.finish(_Chosen(self._state, some)).cpu()
-        place = {row: i for i, row in enumerate(rows)}
-        return lambda part: samples[[place[row] for row in part]]
-
     def _by_job(self, rows: list[int]) -> dict[Job, list[int]]:
         found: dict[Job, list[int]] = {}
         for row in rows:
@@ -434,24 +379,9 @@ class Engine:
         return found
 
     def _leave(self, rows: list[int]) -> None:
-        """Free some rows: the last of the others move in, and what is left behind them asks for nothing."""
-        before, kept = len(self._rows), len(self._rows) - len(rows)
-        holes = [row for row in rows if row < kept]
-        movers = sorted(set(range(kept, before)).difference(rows))
-        for tensor in [*self._state.values(), self._index] if holes else []:
-            tensor[holes] = tensor[movers]
-        moved = list(self._rows)
-        for hole, mover in zip(holes, movers, strict=True):
-            moved[hole] = moved[mover]
-        self._rows = moved[:kept]
-        self._clear(kept, before)
-
-    def _clear(self, begin: int, end: int) -> None:
-        """Let rows that are nobody's hold the defaults: a costly option must not be paid for longer."""
-        self._index[begin:end] = 0
-        for name, option in self.options.items():
-            if name in self._state:
-                self._state[name][begin:end] = option.default
+        """Free some rows."""
+        if rows:
+            self._rows = [self._rows[row] for row in self._state.free(rows)]
 
     def _fail(self, error: Exception, jobs: set[Job]) -> None:
         """Fail some jobs, and forget what still waits of them."""
@@ -460,11 +390,6 @@ class Engine:
                 self._queue.remove(job)
         for job in jobs:
             job.settle(error)
-
-    def _reset(self) -> None:
-        """Begin afresh, with nobody under way."""
-        self._rows, self._state = [], {}
-        self._index.zero_()
 
     def _measure(self, spent_s: float) -> None:
         """Take the time of a step into the average; the first of all is slower."""

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -537,7 +538,7 @@ def test_nothing_waits_of_a_job_that_failed_while_it_was_submitted(monkeypatch: 
             super().set_exception(exception)
             failed.set()
 
-    monkeypatch.setattr("gdl_ray.engine.Job", lambda *args: Job(*args, future=Slow()))
+    monkeypatch.setattr("gdl_ray.engine.Job", lambda *args: replace(Job(*args), future=Slow()))
     with running(walk(3, fail)) as engine:
         job = ask(engine, 1, labels_of(30))
         with pytest.raises(MemoryError):
@@ -552,7 +553,7 @@ def test_a_finished_job_is_gone_at_once() -> None:
     gc.disable()
     try:
         with running(walk(2)) as engine:
-            gone = []
+            gone: list[weakref.ref[Any]] = []
             for seed in range(5):
                 job = ask(engine, seed, labels_of(4))
                 gone += [weakref.ref(job), weakref.ref(job.future.result(timeout=10))]

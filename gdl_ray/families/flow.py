@@ -207,13 +207,14 @@ class _BlockSampler(Sampler):
         return {"z": z, "label": labels, "guidance": options["guidance"]}
 
     def step(self, state: State, index: Tensor) -> State:
+        z = state["z"].clone()
         for i in torch.unique(index).tolist():
             rows = torch.nonzero(index == i).squeeze(1)
             some = self.padded(rows, len(index))
             block = self.model._block(self.steps - 1 - i)
             inverted = block.inverse(state["z"][some], state["label"][some], state["guidance"][some])
-            state["z"][rows] = inverted[: len(rows)]
-        return state
+            z[rows] = inverted[: len(rows)]
+        return {**state, "z": z}
 
     def finish(self, state: State) -> Tensor:
         return self.model._to_levels(state["z"])
