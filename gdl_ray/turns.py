@@ -119,6 +119,10 @@ class Job:
         return Preview(self.share, picture)
 
 
+_Entry = tuple[float, int, Job]
+"""A job in a heap, after its charge and the number of its last turn."""
+
+
 @dataclass(eq=False, slots=True)
 class _Client:
     """Whoever asks, and the jobs of it that wait."""
@@ -127,10 +131,12 @@ class _Client:
     """What it pays for its turns, in steps, on the clock of all clients."""
     turn: int
     """Number of its last turn, or of its joining: among equals, whoever waits longest is next."""
+    samples: int = 0
+    """How many of its samples wait."""
     clock: float = 0.0
     """What a job of it that had waited all along would have been charged."""
-    lines: tuple[list[tuple[float, int, Job]], ...] = field(default_factory=lambda: ([], []))
-    """Heaps of its jobs, the next one first, with their charge and last turn: short ones and long ones."""
+    lines: tuple[list[_Entry], ...] = field(default_factory=lambda: ([], []))
+    """Heaps of its jobs, the next one first: of short ones and of long ones."""
 
     @property
     def jobs(self) -> list[Job]:
@@ -139,13 +145,15 @@ class _Client:
     @property
     def count(self) -> int:
         """How many of its jobs wait."""
-        return sum(map(len, self.lines))
+        short, long = self.lines
+        return len(short) + len(long)
 
-    def line(self, long_too: bool) -> list[tuple[float, int, Job]]:
+    def line(self, long_too: bool) -> list[_Entry]:
         """Find the line whose first job is next; an empty one if there is none."""
         short, long = self.lines
-        filled = [line for line in (short, long if long_too else []) if line]
-        return min(filled, default=[], key=lambda line: line[0])
+        if not (long and long_too):
+            return short
+        return min(short, long) if short else long
 
 
 class Turns:
@@ -169,15 +177,16 @@ class Turns:
             client.charged, client.turn = max(client.charged, self._clock), turn
         job.charged = client.clock
         heapq.heappush(client.lines[job.long], (job.charged, turn, job))
-        self._count(job, job.missing)
+        self._count(client, job, job.missing)
 
     def remove(self, job: Job) -> None:
         """Take out what still waits of a job, if anything does."""
         if job.missing:
-            line = self._clients[job.client].lines[job.long]
+            client = self._clients[job.client]
+            line = client.lines[job.long]
             line[:] = [entry for entry in line if entry[2] is not job]
             heapq.heapify(line)
-            self._count(job, -job.missing)
+            self._count(client, job, -job.missing)
             job.admitted = len(job.seeds)
 
     def jobs(self) -> list[Job]:
@@ -186,12 +195,13 @@ class Turns:
 
     def waiting(self, name: str) -> int:
         """Count the samples of a client that wait."""
-        return sum(job.missing for job in self._clients[name].jobs) if name in self._clients else 0
+        return self._clients[name].samples if name in self._clients else 0
 
     def rivals(self, name: str) -> tuple[int, int]:
         """Count the clients of whom something waits and this client's jobs, were it to ask once more."""
-        counts = {each: client.count for each, client in self._clients.items() if client.count}
-        return len(counts.keys() | {name}), counts.get(name, 0) + 1
+        waiting = sum(client.samples > 0 for client in self._clients.values())
+        jobs = self._clients[name].count if name in self._clients else 0
+        return waiting + (not jobs), jobs + 1
 
     def take(self, slots: int, held: Sequence[Job]) -> list[tuple[Job, range]]:
         """Admit as many samples as there is room for: jobs, and the numbers of their samples.
@@ -200,39 +210,45 @@ class Turns:
             slots: how many there are.
             held: whose the samples in them are.
         """
-        room = slots - len(held)
+        room, most = slots - len(held), slots * 7 // 8
         long = Counter(job.client for job in held if job.long)
         counts: Counter[Job] = Counter()
-        while room and (job := self._turn(long, slots * 7 // 8)):
-            long[job.client] += job.long
-            counts[job] += 1
-            room -= 1
+        while room and (ready := self._ready({name for name, count in long.items() if count >= most})):
+            client, line = min(ready, key=lambda each: (each[0].charged, each[0].turn))
+            job = line[0][2]
+            # One after another, unless the job is alone: then all at once, which is faster.
+            least = min(room, most - long[job.client]) if job.long else room
+            count = min(least, job.missing) if len(ready) == client.count == 1 else 1
+            self._give(client, line, count, among=len(ready))
+            long[job.client] += count * job.long
+            counts[job] += count
+            room -= count
         self._forget()
         return [(job, range(job.admitted - count, job.admitted)) for job, count in counts.items()]
 
-    def _turn(self, long: Mapping[str, int], most: int) -> Job | None:
-        """Admit a sample of the job whose turn it is; None if all that wait are long, and have the most."""
-        ready = [
-            (client.charged, client.turn, client, line)
+    def _ready(self, full: set[str]) -> list[tuple[_Client, list[_Entry]]]:
+        """List the clients of whom something may be admitted, of those who are `full` only what is short."""
+        return [
+            (client, line)
             for name, client in self._clients.items()
-            if (line := client.line(long_too=long[name] < most))
+            if (line := client.line(long_too=name not in full))
         ]
-        if not ready:
-            return None
-        _, _, client, line = min(ready, key=lambda each: each[:2])
-        _, _, job = line[0]
+
+    def _give(self, client: _Client, line: list[_Entry], count: int, among: int) -> None:
+        """Admit samples of the first job of a line, and charge them."""
+        job = line[0][2]
+        self._count(client, job, -count)
+        steps = count * job.steps
+        self._clock += steps / among
+        client.clock += steps / client.count
+        client.charged += steps
         client.turn = next(self._turns)
-        self._clock += job.steps / sum(client.count > 0 for client in self._clients.values())
-        client.clock += job.steps / client.count
-        client.charged += job.steps
-        job.charged += job.steps
-        job.admitted += 1
-        self._count(job, -1)
+        job.charged += steps
+        job.admitted += count
         if job.missing:
             heapq.heapreplace(line, (job.charged, client.turn, job))
         else:
             heapq.heappop(line)
-        return job
 
     def _forget(self) -> None:
         """Keep no account of those who have gone, but for those who paid ahead while others waited."""
@@ -242,6 +258,7 @@ class Turns:
             name: client for name, client in kept.items() if client.count or client.charged > ahead
         }
 
-    def _count(self, job: Job, samples: int) -> None:
+    def _count(self, client: _Client, job: Job, samples: int) -> None:
+        client.samples += samples
         self.samples += samples
         self.steps += samples * job.steps
