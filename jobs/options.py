@@ -149,12 +149,14 @@ def open_store(address: str, option: str) -> Store:
     """Open what an option names: an address, or a folder, which the working directory is the start of.
 
     Raises:
-        UsageError: if it is not understood.
+        UsageError: if it is not understood, or does not answer.
     """
     try:
         return Store(address if "://" in address else f"{Path(address).expanduser().absolute()}")
     except ValueError as error:
         raise UsageError(f"{option} {error}") from error
+    except OSError as error:
+        raise UsageError(f"{option} {address} does not answer: {error}") from error
 
 
 def parse(arguments: Sequence[str]) -> Options[Any]:

@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,13 +56,14 @@ class Store:
 
     Raises:
         ValueError: if the address is not understood.
+        OSError: if a bucket is asked where it is, and does not answer.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
         try:
             self._fs, self._root = fs.FileSystem.from_uri(address)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise ValueError(f"{address}: {error}") from error
         self._is_local = isinstance(self._fs, fs.LocalFileSystem)
 
@@ -80,12 +82,26 @@ class Store:
                 stream.write(content)
             return
         place = Path(self.path(name))
-        new = place.with_name(f"{place.name}.new")
-        with new.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(place)
+        with _written(place, content) as new:
+            new.replace(place)
+
+    def write_first(self, name: str, content: bytes) -> None:
+        """Write a file unless it is there, where the storage can do that in one step.
+
+        Buckets and some mounts cannot: there, of those who write at the same time, the last one's stays. So
+        read it again to see whose it is.
+        """
+        place = Path(self.path(name))
+        if not self._is_local:
+            self.write(name, content)
+            return
+        with _written(place, content) as new:
+            try:
+                os.link(new, place)
+            except FileExistsError:
+                return
+            except OSError:  # a mount without links
+                new.replace(place)
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file; None if it is not there."""
@@ -237,6 +253,20 @@ class Store:
     def path(self, name: str) -> str:
         """Name the place of a file or folder on its file system."""
         return f"{self._root}/{name}"
+
+
+@contextmanager
+def _written(place: Path, content: bytes) -> Iterator[Path]:
+    """Have a file beside a place, under a name that no other writer uses; nothing remains of it."""
+    new = place.with_name(f".{place.name}-{uuid.uuid4().hex}.new")
+    try:
+        with new.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield new
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _best(saved: list[Saved]) -> Saved | None:

@@ -1,9 +1,13 @@
 """The checkpoints of a run, in a folder and on a real S3 server: kept, found, and refused when damaged."""
 
 import math
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +135,65 @@ def test_json_files_are_read_back(store: Store) -> None:
     assert store.read_json("run.json") == {"a": 1}
 
 
+def test_two_writers_of_a_file_leave_that_of_one(tmp_path: Path) -> None:
+    """And whoever reads meanwhile reads a whole file."""
+    store = Store(str(tmp_path))
+    contents = [bytes([i]) * 500_000 for i in range(2)]
+
+    def write(content: bytes) -> None:
+        for _ in range(20):
+            store.write("x", content)
+
+    with ThreadPoolExecutor() as pool:
+        writers = [pool.submit(write, content) for content in contents]
+        read = []
+        while not all(writer.done() for writer in writers):
+            read.append(store.read("x"))
+        for writer in writers:
+            writer.result()
+    assert {*read, store.read("x")} <= {None, *contents}
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (Store(str(tmp_path)).write, Store(str(tmp_path)).write_first):
+        with pytest.raises(OSError, match="no space"):
+            write("x", b"content")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_many_who_write_first_one_does(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    contents = [str(i).encode() for i in range(8)]
+    start = Barrier(8)
+
+    def write(content: bytes) -> bytes | None:
+        start.wait()
+        store.write_first("x", content)
+        return store.read("x")
+
+    with ThreadPoolExecutor(8) as pool:
+        seen = set(pool.map(write, contents))
+    assert len(seen) == 1  # whoever looked saw the same
+    assert seen <= set(contents)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_mount_without_links_has_the_file_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    Store(str(tmp_path)).write_first("x", b"content")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"content")]
+
+
 def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file larger than the limit is what a full disk is to a process."""
     script = f"""
@@ -168,6 +231,15 @@ def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
 def test_an_address_that_is_not_understood_is_named() -> None:
     with pytest.raises(ValueError, match="ftp://nowhere: "):
         Store("ftp://nowhere")
+
+
+def test_a_bucket_that_does_not_answer_is_not_called_a_bad_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(address: str) -> None:
+        raise OSError("When resolving region: no route to host")
+
+    monkeypatch.setattr(store_module.fs, "FileSystem", SimpleNamespace(from_uri=away))
+    with pytest.raises(OSError, match="no route to host"):
+        Store("s3://bucket/folder")
 
 
 def test_a_store_that_does_not_answer_is_asked_again(
