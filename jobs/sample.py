@@ -11,11 +11,13 @@ goes on when the same command is submitted again.
 """
 
 import argparse
+import json
 import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -23,11 +25,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from gdl_ray import registry, tracking
 from gdl_ray.family import Family, Option
-from gdl_ray.train.checkpoint import load_family
-from gdl_ray.train.store import Store
+from gdl_ray.train.checkpoint import DamagedCheckpointError, load_family
+from gdl_ray.train.store import Store, patiently
 from jobs.cluster import TimeoutExpired, connect, places, wait_for_room, whole_nodes
 from jobs.options import UsageError, open_store, seconds
-from jobs.shards import BALANCED, Draw, Shard, draw_shard, shard_name
+from jobs.shards import BALANCED, REQUEST, Draw, SamplingError, Shard, draw_shard, shard_name
 
 MAX_SHARDS = 100_000
 """Most shards of a draw; their names have five digits."""
@@ -35,11 +37,7 @@ MAX_RETRIES = 3
 """How often a shard is drawn again whose worker has died."""
 TELL_S = 1.0
 """Least seconds between two lines of progress."""
-REQUEST, MANIFEST = "request.json", "manifest.json"
-
-
-class SamplingError(Exception):
-    """The draw is not complete; what is written stays, and the same command goes on with it."""
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +90,7 @@ def parse(arguments: Sequence[str]) -> Work:
         seconds("timeout", given.timeout)
     tracking.check()
     model, version = resolve(given.model)
-    family = load_family(registry.fetch(model, version))
+    family = _load(model, version)
     draw = Draw(
         model=model,
         version=version,
@@ -101,6 +99,8 @@ def parse(arguments: Sequence[str]) -> Work:
         labels=_labels(given.labels, family.spec.classes),
         options=_options(rest, family),
         shard=given.shard,
+        shape=family.spec.shape,
+        classes=family.spec.classes,
     )
     if draw.shards > MAX_SHARDS:
         raise UsageError(f"--shard {given.shard} makes {draw.shards:,} shards: make them larger")
@@ -155,6 +155,21 @@ def resolve(reference: str) -> tuple[str, int]:
     return name, version
 
 
+def _load(model: str, version: int) -> Family:
+    """Load a version, which an alias may name that was deleted since.
+
+    Raises:
+        UsageError: if there is none, or its files are damaged.
+        RegistryUnavailable: if MLflow does not answer.
+    """
+    try:
+        return load_family(registry.fetch(model, version))
+    except registry.VersionNotFound as error:
+        raise UsageError(f"{error}: name another, as {model}@NUMBER, or move the alias") from error
+    except DamagedCheckpointError as error:
+        raise UsageError(f"{model}@{version}: {error}; name another version") from error
+
+
 def _labels(asked: str, classes: int) -> str:
     is_class = re.fullmatch(r"\d{1,9}", asked, re.ASCII) and int(asked) < classes
     if asked == "none" or is_class or (asked == BALANCED and classes):
@@ -191,7 +206,7 @@ def run(work: Work) -> None:
 
     Raises:
         UsageError: the folder has another draw.
-        SamplingError: a shard could not be drawn.
+        SamplingError: a shard could not be drawn, or the manifest not be written.
         TimeoutExpired: there was no room in time.
     """
     _claim(work.store, work.draw)
@@ -201,7 +216,13 @@ def run(work: Work) -> None:
     for shard in _drawn(work):
         sums[shard_name(shard.number)] = shard.sha256
         progress.tell(shard)
-    work.store.write_json(MANIFEST, asdict(work.draw) | {"shards": dict(sorted(sums.items()))})
+    manifest = work.draw.record | {"shards": dict(sorted(sums.items()))}
+    try:
+        patiently(partial(work.store.write_json, MANIFEST, manifest))
+    except OSError as error:
+        raise SamplingError(
+            f"all shards are written, but not {work.store.path(MANIFEST)}: {error}"
+        ) from error
     print(
         f"jobs.sample: {work.draw.n:,} samples in {len(sums):,} shards, {work.store.path(MANIFEST)}",
         flush=True,
@@ -209,23 +230,30 @@ def run(work: Work) -> None:
 
 
 def _claim(store: Store, draw: Draw) -> None:
-    """Note down what is drawn, unless it was before.
+    """Note down what is drawn, unless it was before; of two jobs that do so at once, one is refused.
 
     Raises:
-        UsageError: the folder has another draw.
+        UsageError: the folder has another draw, or cannot be written.
     """
-    wanted = asdict(draw)
+    wanted = draw.record
     try:
+        store.create()
+        if store.read(REQUEST) is None:
+            store.write_first(REQUEST, json.dumps(wanted, indent=2).encode())
         before = store.read_json(REQUEST)
-        if before is None:
-            store.create()
-            store.write_json(REQUEST, wanted)
     except OSError as error:
         raise UsageError(f"--out {store.address}: {error}") from error
-    for name in wanted if before else ():
-        if before.get(name) != wanted[name]:
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or before.keys() != wanted.keys():
+        raise UsageError(
+            f"--out {store.address}: {store.path(REQUEST)} is not the request of a draw: "
+            f"delete it, or choose another place"
+        )
+    for name in wanted:
+        if before[name] != wanted[name]:
             raise UsageError(
-                f"--out {store.address} has a draw of {name}={before.get(name)}, not {wanted[name]}: "
+                f"--out {store.address} has a draw of {name}={before[name]}, not {wanted[name]}: "
                 f"ask for the same to go on with it, or choose another place"
             )
 
@@ -237,7 +265,6 @@ def _drawn(work: Work) -> Iterator[Shard]:
         "num_gpus": 1 if work.gpu else 0,
         "max_calls": 0,  # Ray would end the process of each GPU task, and with it the engine
         "max_retries": MAX_RETRIES,
-        "retry_exceptions": [OSError],
     }
     remote: Any = ray.remote(**settings)(draw_shard)
     numbers = iter(range(work.draw.shards))
@@ -253,7 +280,10 @@ def _drawn(work: Work) -> Iterator[Shard]:
             yield ray.get(ended[0])
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
-            raise SamplingError(f"a shard could not be drawn: {cause!r}") from error
+            told = (
+                str(cause) if isinstance(cause, SamplingError) else f"a shard could not be drawn: {cause!r}"
+            )
+            raise SamplingError(told) from error
 
 
 def _room(work: Work) -> int:

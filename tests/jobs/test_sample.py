@@ -4,9 +4,11 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from gdl_ray import registry, tracking
 from gdl_ray.data import Dataset
@@ -17,7 +19,7 @@ from gdl_ray.train.store import Store
 from jobs import sample
 from jobs.options import UsageError
 from jobs.sample import main, parse, resolve
-from jobs.shards import Draw, Shard
+from jobs.shards import Draw, SamplingError, Shard
 
 MODELS = {
     "digits-diffusion": Registered({"champion": 2, "next": 3}, {}, 12),
@@ -57,6 +59,8 @@ def test_a_draw_says_all_that_decides_it(tmp_path: Path) -> None:
         labels="balanced",
         options={"guidance": 2.0, "steps": 25.0},  # the defaults too
         shard=30,
+        shape=(1, 8, 8),
+        classes=10,
     )
     assert work.store.address == f"{tmp_path}/out"
     assert (work.draw.shards, work.draw.size(0), work.draw.size(3)) == (4, 30, 10)
@@ -136,6 +140,119 @@ def test_a_folder_is_kept_for_one_draw(other: dict[str, Any], told: str) -> None
         sample._claim(work.store, work.draw)
     with pytest.raises(UsageError, match=f"--out .*/out has a draw of {told}: ask for the same"):
         sample._claim(work.store, replace(work.draw, **other))
+
+
+@pytest.mark.parametrize("content", [b'{"model":', b"[1]", b"null", b"{}", b"\xff", b""])
+def test_a_request_that_is_none_is_named(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "request.json").write_bytes(content)
+    monkeypatch.setattr(sample, "connect", lambda work: None)
+    assert main(COMMAND) == 2
+    told = f"--out {tmp_path}/out: {tmp_path}/out/request.json is not the request of a draw: delete it, or "
+    assert capsys.readouterr().err.startswith(f"jobs.sample: {told}")
+    assert (tmp_path / "out" / "request.json").read_bytes() == content
+
+
+def test_a_folder_in_place_of_the_request_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out" / "request.json").mkdir(parents=True)
+    work = parse(COMMAND)
+    with pytest.raises(UsageError, match="is not the request of a draw"):
+        sample._claim(work.store, work.draw)
+
+
+def test_of_two_jobs_that_claim_a_folder_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither sees a request when it looks."""
+    work = parse(COMMAND)
+    first, second = (replace(work.draw, seed=seed) for seed in (1, 2))
+    sample._claim(work.store, first)
+    monkeypatch.setattr(Store, "read", lambda store, name: None)
+    monkeypatch.setattr(
+        Store, "read_json", lambda store, name: json.loads((tmp_path / "out" / name).read_text())
+    )
+    with pytest.raises(UsageError, match="has a draw of seed=1, not 2"):
+        sample._claim(work.store, second)
+    sample._claim(work.store, first)
+
+
+def test_a_version_that_its_alias_outlived_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(name: str, version: int) -> Path:
+        raise registry.VersionNotFound(f"{name} has no version {version}")
+
+    monkeypatch.setattr(registry, "fetch", fetch)
+    assert main(COMMAND) == 2
+    told = "digits-diffusion has no version 2: name another, as digits-diffusion@NUMBER, or move the alias"
+    assert capsys.readouterr().err == f"jobs.sample: {told}\n"
+
+
+def test_a_bucket_that_does_not_answer_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(address: str) -> Store:
+        raise OSError("When resolving region: no route to host")
+
+    monkeypatch.setattr("jobs.options.Store", away)
+    assert main([*COMMAND, "--out", "s3://bucket/x"]) == 2
+    told = "jobs.sample: --out s3://bucket/x does not answer: When resolving region: no route to host\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("away_times", [1, 99])
+def test_the_manifest_is_written_when_the_storage_answers_again_or_the_job_says_why_not(
+    away_times: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures = iter(range(away_times))
+    write = Store.write
+
+    def hiccup(store: Store, name: str, content: bytes) -> None:
+        if next(failures, None) is not None:
+            raise OSError("AWS Error SLOW_DOWN")
+        write(store, name, content)
+
+    monkeypatch.setattr(Store, "write", hiccup)
+    monkeypatch.setattr("gdl_ray.train.store._PATIENCE_S", 600 if away_times == 1 else 0)
+    monkeypatch.setattr("gdl_ray.train.store._RETRY_S", 0)
+    monkeypatch.setattr(sample, "connect", lambda work: None)
+    monkeypatch.setattr(sample, "wait_for_room", lambda work: None)
+    monkeypatch.setattr(sample, "_drawn", lambda work: iter([Shard(0, "a" * 64, 100)]))
+    assert main(COMMAND) == (0 if away_times == 1 else 1)
+    store, told = parse(COMMAND).store, capsys.readouterr().err
+    assert (store.read("manifest.json") is None) == (away_times == 99)
+    assert told.startswith(
+        "the storage does not answer" if away_times == 1 else "jobs.sample: all shards are "
+    )
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (SamplingError("--out x is not one folder"), "--out x is not one folder"),
+        (OSError("AWS Error SLOW_DOWN"), "a shard could not be drawn: OSError('AWS Error SLOW_DOWN')"),
+    ],
+)
+def test_why_a_shard_failed_is_told_in_a_line(
+    cause: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(reference: object) -> None:
+        kind: Any = RayTaskError  # its methods have no types
+        raise kind("draw_shard", "Traceback of the worker", cause).as_instanceof_cause()
+
+    task = SimpleNamespace(remote=lambda *arguments: object())
+    cluster = SimpleNamespace(
+        remote=lambda **settings: lambda call: task, wait=lambda pending, num_returns: (pending, []), get=fail
+    )
+    monkeypatch.setattr(sample, "ray", cluster)
+    monkeypatch.setattr(sample, "_room", lambda work: 1)
+    monkeypatch.setattr(sample, "connect", lambda work: None)
+    monkeypatch.setattr(sample, "wait_for_room", lambda work: None)
+    assert main(COMMAND) == 1
+    assert capsys.readouterr().err == f"jobs.sample: {told}\n"
 
 
 def test_the_manifest_comes_last_and_names_every_shard(

@@ -237,7 +237,7 @@ def test_a_bucket_that_does_not_answer_is_not_called_a_bad_address(monkeypatch: 
     def away(address: str) -> None:
         raise OSError("When resolving region: no route to host")
 
-    monkeypatch.setattr(store_module.fs, "FileSystem", SimpleNamespace(from_uri=away))
+    monkeypatch.setattr("gdl_ray.train.store.fs.FileSystem", SimpleNamespace(from_uri=away))
     with pytest.raises(OSError, match="no route to host"):
         Store("s3://bucket/folder")
 
