@@ -56,6 +56,7 @@ def _demo() -> None:
 MLflow page        {urls["mlflow"]}
 Ray dashboard      {urls["ray"]}
 sampling endpoint  {model_url}/sample
+playground         {urls["serve"]}
 OpenAPI page       {urls["serve"]}/docs
 samples            {SAMPLES.absolute()}
 stop it all        make down""")

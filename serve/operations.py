@@ -252,15 +252,18 @@ async def _drawn(
     if asked.stream:
         streaming["previews"] = PREVIEWS
         streaming["on_preview"] = lambda preview: loop.call_soon_threadsafe(queue.put_nowait, preview)
-    load = engine.load
-    if load.wait_s > MAX_WAIT_S:
-        raise busy(f"The queue is {load.wait_s:.0f} s long.", retry_after_s=_whole(load.wait_s - MAX_WAIT_S))
     try:
         job = engine.submit(
-            draw.seeds, draw.labels, asked.options, client=call.client, given=given, **streaming
+            draw.seeds,
+            draw.labels,
+            asked.options,
+            client=call.client,
+            given=given,
+            most_wait_s=MAX_WAIT_S,
+            **streaming,
         )
     except QueueFull as full:
-        raise busy(f"{full}.", retry_after_s=_whole(load.wait_s)) from None
+        raise busy(f"{full}.", retry_after_s=_whole(full.wait_s - MAX_WAIT_S / 2)) from None
     drawing = _Drawing(call, draw, job, encoding, asked.timeout_s)
     try:
         call.keyring.charge(call.caller, n)
