@@ -4,8 +4,8 @@
 
     client = Client("http://127.0.0.1:8000")
     images = client.sample("digits-vae", n=16, seed=7)     # uint8 (16, 1, 8, 8)
-    drawn = client.draw("digits-vae@2", n=16)              # with the version, and the seed of each sample
-    client.sample("digits-vae@2", seeds=drawn.seeds[3:5])  # two of them again
+    drawn = client.draw("digits-vae@2", n=16)              # with all that it takes to draw two of them again:
+    client.sample("digits-vae@2", seeds=drawn.seeds[3:5], labels=drawn.labels[3:5], **drawn.options)
 
 A request that is asked twice is answered alike, for the client chooses the seed where none is given. So what
 fails on the way, or meets a busy server, is asked again until the time is over.
@@ -18,10 +18,12 @@ import json
 import os
 import random
 import secrets
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import Timer
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -39,6 +41,15 @@ _LONGEST_ANSWER_S = 600.0  # that a server may be asked to work on
 _PROBLEM = "application/problem+json"
 _BUSY = (429, 503)
 _NOT_REACHED = (502, 504)  # as a proxy says; the server's own 504 says that the time is over
+_OPTION = "option_"  # begins the names of options in an npz file
+_WHOLE_BYTES = 2**24  # read at once, where nobody looks at the parts
+_RESERVED = {
+    "format": "what comes is arrays",
+    "label": "give labels, one for each example",
+    "stream": "call Client.stream",
+    "timeout_s": "give it to Client",
+}
+"""Fields of a request that are no options, and what to do instead."""
 
 Part = TypeVar("Part")
 Array = NDArray[Any]
@@ -70,6 +81,8 @@ class Samples:
     """Class of each, (n,); -1 for any."""
     version: int
     """The model's version that drew them."""
+    options: dict[str, Any]  # of floats; by type checkers' rules, those could not be given on as **options
+    """A value of each option that the model has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +156,9 @@ class Client:
             model: one that `models` lists.
             n: how many; as many as seeds or labels if None, else 16.
             seed: in [0, MAX_SEED]; the same seed and model version give the same samples. Random if None.
-            label: the class to draw; any if None.
+            label: the class to draw; any if None or below 0.
             seeds: one for each sample instead of `seed`, such as those that `draw` told.
-            labels: a class for each sample instead of `label`.
+            labels: a class for each sample instead of `label`; any where it is below 0, as `draw` tells it.
             options: options of the model, such as guidance=2 or steps=50; its card lists them.
 
         Returns:
@@ -169,7 +182,9 @@ class Client:
         asked = _drawing(n=n, seed=seed, label=label, seeds=seeds, labels=labels, options=options)
         content = self._ask(_path(model, "sample"), {**asked, "format": "npz"})
         with np.load(io.BytesIO(content), allow_pickle=False) as drawn:
-            return Samples(drawn["samples"], drawn["seeds"], drawn["labels"], int(drawn["version"]))
+            named = {name.removeprefix(_OPTION): name for name in drawn.files if name.startswith(_OPTION)}
+            options = {option: float(drawn[name]) for option, name in named.items()}
+            return Samples(drawn["samples"], drawn["seeds"], drawn["labels"], int(drawn["version"]), options)
 
     def stream(
         self,
@@ -207,7 +222,7 @@ class Client:
             n: how many completions of each example.
             seed: as in `sample`.
             seeds: one for each completion, (B * n,), instead of `seed`.
-            labels: class of each example, (B,).
+            labels: class of each example, (B,); any where it is below 0, as in all that follows.
             options: options of the model.
 
         Returns:
@@ -232,7 +247,7 @@ class Client:
         Returns:
             Nats per example, (B,); the model's card says whether they are exact, a bound or an estimate.
         """
-        asked = {"x": x.tolist(), "labels": _listed(labels), "samples": samples, "seed": seed}
+        asked = {"x": x.tolist(), "labels": _classes(labels), "samples": samples, "seed": seed}
         return np.array(json.loads(self._ask(_path(model, "log_likelihood"), asked))["nats"])
 
     def classify(self, model: str, x: Array, samples: int = 1, seed: int = 0) -> NDArray[np.float64]:
@@ -246,12 +261,12 @@ class Client:
 
     def encode(self, model: str, x: Array, labels: Numbers | None = None) -> NDArray[np.float64]:
         """Map examples, (B, C, H, W), and their classes, (B,), to latents, (B, D)."""
-        asked = {"x": x.tolist(), "labels": _listed(labels)}
+        asked = {"x": x.tolist(), "labels": _classes(labels)}
         return np.array(json.loads(self._ask(_path(model, "encode"), asked))["z"])
 
     def decode(self, model: str, z: NDArray[np.floating[Any]], labels: Numbers | None = None) -> Array:
         """Map latents, (B, D), and the classes of what they stand for, (B,), to examples as of `sample`."""
-        asked = {"z": z.tolist(), "labels": _listed(labels), "format": "npy"}
+        asked = {"z": z.tolist(), "labels": _classes(labels), "format": "npy"}
         return _array(self._ask(_path(model, "decode"), asked))
 
     def interpolate(
@@ -264,7 +279,7 @@ class Client:
             start: integers (C, H, W) in [0, levels - 1], or a latent, floats (D,).
             end: the same of the other.
             steps: how many on the way, both ends among them: from 2 to 64.
-            label: the class on the way; any if None.
+            label: the class on the way; any if None or below 0.
 
         Returns:
             Examples as of `sample`, (steps, ...).
@@ -273,7 +288,7 @@ class Client:
         asked = {
             "z" if np.issubdtype(ends.dtype, np.floating) else "x": ends.tolist(),
             "steps": steps,
-            "label": label,
+            "label": _class(label),
             "format": "npy",
         }
         return _array(self._ask(_path(model, "interpolate"), asked))
@@ -284,7 +299,7 @@ class Client:
         while True:
             try:
                 with self._send(path, body, patience) as response:
-                    return b"".join(patience.heeded(response.iter_bytes()))
+                    return b"".join(patience.heeded(response, response.iter_bytes(_WHOLE_BYTES)))
             except (ServerProblem, httpx.TransportError) as error:
                 patience.wait(error)
 
@@ -295,7 +310,7 @@ class Client:
         while True:
             try:
                 with self._send(path, body, patience) as response:
-                    for event in _parsed(patience.heeded(response.iter_lines())):
+                    for event in _parsed(patience.heeded(response, response.iter_lines())):
                         if isinstance(event, Preview) and event.share <= shown:
                             continue
                         yield event
@@ -311,12 +326,11 @@ class Client:
         self, path: str, body: Mapping[str, Any] | None, patience: "_Patience"
     ) -> Iterator[httpx.Response]:
         """Send a request once; yields the answer, its body not yet read."""
-        left_s = patience.left_s
-        method, asked = ("GET", None) if body is None else ("POST", _asked(body, left_s))
-        with self._http.stream(method, path, json=asked, timeout=left_s) as response:
+        method, asked = ("GET", None) if body is None else ("POST", _asked(body, patience.left_s))
+        with self._http.stream(method, path, json=asked, extensions={"timeout": patience}) as response:
             if not response.is_success:
-                response.read()
-                raise _problem(response)
+                content = b"".join(patience.heeded(response, response.iter_bytes(_WHOLE_BYTES)))
+                raise _problem(response, content)
             yield response
 
 
@@ -338,16 +352,38 @@ class _Patience:
         """Seconds left, above 0."""
         return max(self._deadline - time.monotonic(), 1e-3)
 
-    def heeded(self, parts: Iterator[Part]) -> Iterator[Part]:
-        """Yield the parts of an answer while there is time; httpx itself has patience with each of them.
+    def get(self, phase: str, default: object = None) -> float:
+        """Tell httpx how long a phase of the exchange may take: it asks when one begins, as of a dict."""
+        return self.left_s
+
+    def heeded(self, response: httpx.Response, parts: Iterator[Part]) -> Iterator[Part]:
+        """Yield the parts of an answer while there is time; what the caller takes with them does not count.
 
         Raises:
             httpx.ReadTimeout: the time is over.
+            httpx.TransportError: the connection broke before.
         """
-        for part in parts:
-            if time.monotonic() > self._deadline:
-                raise httpx.ReadTimeout("the answer took too long")
+        while (part := self._next(response, parts)) is not None:
+            begin = time.monotonic()
             yield part
+            self._deadline += time.monotonic() - begin
+
+    def _next(self, response: httpx.Response, parts: Iterator[Part]) -> Part | None:
+        """Read a part; None if there is no more."""
+        # httpx would allow each read of a body what was left when the first began.
+        cut = Timer(self.left_s, _cut, [response])
+        cut.start()
+        part = None
+        try:
+            part = next(parts, None)
+        except httpx.TransportError:
+            if time.monotonic() < self._deadline:
+                raise
+        finally:
+            cut.cancel()
+        if time.monotonic() >= self._deadline:
+            raise httpx.ReadTimeout("the answer took too long")
+        return part
 
     def wait(self, error: ServerProblem | httpx.TransportError) -> None:
         """Wait until it is time to try again.
@@ -368,6 +404,12 @@ class _Patience:
         time.sleep(pause_s)
 
 
+def _cut(response: httpx.Response) -> None:
+    """Break a connection off, so that who reads from it need not wait any longer."""
+    with suppress(OSError):  # it is closed
+        response.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
 def _path(model: str, operation: str = "") -> str:
     """Name the path of a model, or of one of its operations."""
     path = f"/v1/models/{quote(model, safe='@')}"
@@ -383,15 +425,27 @@ def _drawing(
     labels: Numbers | None = None,
     options: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Make what all requests for samples say; with a seed in any case, so that each try draws the same."""
+    """Make what all requests for samples say; with a seed in any case, so that each try draws the same.
+
+    Raises:
+        TypeError: an option has the name of another field.
+    """
+    for name in options.keys() & _RESERVED.keys():
+        raise TypeError(f"{name}={options[name]!r} is no option of a model: {_RESERVED[name]}")
     if seed is None and seeds is None:
         seed = secrets.randbelow(MAX_SEED + 1)
-    asked = {"n": n, "seed": seed, "label": label, "seeds": _listed(seeds), "labels": _listed(labels)}
-    return {**options, **asked}
+    asked = {"n": n, "seed": seed, "label": _class(label), "labels": _classes(labels)}
+    listed = None if seeds is None else [int(each) for each in seeds]
+    return {**options, **asked, "seeds": listed}
 
 
-def _listed(numbers: Numbers | None) -> list[int] | None:
-    return None if numbers is None else [int(number) for number in numbers]
+def _class(label: int | None) -> int | None:
+    """Say a class as the server has it: None for any, which is -1 in arrays."""
+    return None if label is None or label < 0 else int(label)
+
+
+def _classes(labels: Numbers | None) -> list[int | None] | None:
+    return None if labels is None else [_class(label) for label in labels]
 
 
 def _asked(body: Mapping[str, Any], left_s: float) -> dict[str, Any]:
@@ -405,12 +459,12 @@ def _array(content: bytes) -> Array:
     return array
 
 
-def _problem(response: httpx.Response) -> ServerProblem:
-    """Turn an error into its exception."""
+def _problem(response: httpx.Response, content: bytes) -> ServerProblem:
+    """Turn an error and what it says into its exception."""
     status = response.status_code
     after_s = _seconds(response.headers.get("retry-after", ""))
     if response.headers.get("content-type", "").startswith(_PROBLEM):
-        told = response.json()
+        told = json.loads(content)
         detail = told.get("detail") or told.get("title") or response.reason_phrase
         return ServerProblem(status, detail, status in _BUSY, after_s)
     detail = f"{response.url} answered {status} {response.reason_phrase}"
@@ -458,4 +512,4 @@ def _event(name: str, told: Mapping[str, Any]) -> Preview | Samples:
         return Preview(told["share"], base64.b64decode(picture or ""), x)
     labels = [-1 if label is None else label for label in told["labels"]]
     x = _array(base64.b64decode(told["content"]))
-    return Samples(x, np.array(told["seeds"]), np.array(labels), told["version"])
+    return Samples(x, np.array(told["seeds"]), np.array(labels), told["version"], told["options"])

@@ -5,7 +5,6 @@ import io
 import json
 import pickle
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -18,6 +17,8 @@ import pytest
 
 from gdl_ray import client as module
 from gdl_ray.client import MAX_SEED, Client, Preview, Samples, ServerProblem
+from gdl_ray.family import DataSpec
+from serve import encoding, requests
 
 IMAGES = np.arange(128, dtype=np.uint8).reshape(2, 1, 8, 8)
 
@@ -32,8 +33,10 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     promised: int = 0
     """Bytes that are announced and do not come: the connection is closed instead."""
-    delay_s: float = 0.0
-    """Time between any two bytes."""
+    lasts_s: float = 0.0
+    """How long it takes, by the client's clock, until the answer begins and between any two of its bytes."""
+    hangs: bool = False
+    """Whether the connection stays open, and silent, before what is promised."""
 
 
 @dataclass
@@ -44,7 +47,6 @@ class Asked:
     path: str
     headers: dict[str, str]
     body: Any
-    at: float
 
 
 class Script:
@@ -67,10 +69,22 @@ class Script:
         body: dict[str, Any] = self.last.body
         return {name: value for name, value in body.items() if name != "timeout_s"}
 
-    @property
-    def pauses_s(self) -> list[float]:
-        """Times between requests."""
-        return [after.at - before.at for before, after in zip(self.asked, self.asked[1:], strict=False)]
+
+class Clock:
+    """The client's time, which goes on only as it sleeps, or as it is told."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.pauses_s: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    time = monotonic
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses_s.append(seconds)
+        self.now_s += seconds
 
 
 @pytest.fixture
@@ -78,8 +92,17 @@ def script() -> Script:
     return Script()
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
 @pytest.fixture
-def url(script: Script) -> Iterator[str]:
+def url(script: Script, clock: Clock) -> Iterator[str]:
+    over = threading.Event()
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -87,13 +110,14 @@ def url(script: Script) -> Iterator[str]:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             headers = {name.lower(): value for name, value in self.headers.items()}
             asked = json.loads(body) if body else None
-            script.asked.append(Asked(self.command, self.path, headers, asked, time.monotonic()))
+            script.asked.append(Asked(self.command, self.path, headers, asked))
             self.answer(script.answers.pop(0) if len(script.answers) > 1 else script.answers[0])
 
         def answer(self, answer: Answer) -> None:
             content = (
                 answer.content if isinstance(answer.content, bytes) else json.dumps(answer.content).encode()
             )
+            clock.now_s += answer.lasts_s
             if not answer.status:  # not a word
                 self.close_connection = True
                 return
@@ -105,14 +129,15 @@ def url(script: Script) -> Iterator[str]:
             self.end_headers()
             if answer.promised:
                 self.close_connection = True
+            parts = [content[i : i + 1] for i in range(len(content))] if answer.lasts_s else [content]
             try:
-                for part in (
-                    [content[i : i + 1] for i in range(len(content))] if answer.delay_s else [content]
-                ):
+                for i, part in enumerate(parts):
+                    clock.now_s += answer.lasts_s if i else 0
                     self.wfile.write(part)
-                    time.sleep(answer.delay_s)
             except OSError:  # the client has had enough
                 self.close_connection = True
+            if answer.hangs:
+                over.wait()
 
         do_GET = do_POST = handle_one  # noqa: N815
 
@@ -123,6 +148,7 @@ def url(script: Script) -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
+    over.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -135,9 +161,8 @@ def client(url: str) -> Iterator[Client]:
 
 
 @pytest.fixture(autouse=True)
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten pauses; and forget the key of whoever runs the tests."""
-    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.02)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the key of whoever runs the tests."""
     monkeypatch.delenv("GDL_RAY_KEY", raising=False)
 
 
@@ -162,7 +187,7 @@ def test_sample_asks_for_and_returns_an_array(script: Script, client: Client) ->
     np.testing.assert_array_equal(client.sample("digits-vae", n=2, seed=7, label=3), IMAGES)
     assert (script.last.method, script.last.path) == ("POST", "/v1/models/digits-vae/sample")
     assert script.said == {"n": 2, "seed": 7, "label": 3, "format": "npy"}
-    assert 9 < script.last.body["timeout_s"] < 10  # the server's own words come before our patience ends
+    assert script.last.body["timeout_s"] == 9.5  # the server's own words come before our patience ends
 
 
 def test_each_sample_may_have_its_own_seed_and_label(script: Script, client: Client) -> None:
@@ -175,21 +200,75 @@ def test_each_sample_may_have_its_own_seed_and_label(script: Script, client: Cli
     }
 
 
-def test_draw_tells_what_makes_a_sample_again(script: Script, client: Client) -> None:
-    stream = io.BytesIO()
-    np.savez(stream, samples=IMAGES, seeds=[11, 12], labels=[-1, -1], version=4, model="m", seed=7)
-    script.say(Answer(stream.getvalue()), images())
-    drawn = client.draw("m", n=2)
-    np.testing.assert_array_equal(drawn.x, IMAGES)
-    assert (drawn.seeds.tolist(), drawn.labels.tolist(), drawn.version) == ([11, 12], [-1, -1], 4)
-    assert script.said["format"] == "npz"
-    client.sample(f"m@{drawn.version}", seeds=drawn.seeds[1:])
-    assert (script.last.path, script.said["seeds"]) == ("/v1/models/m@4/sample", [12])
-    assert "seed" not in script.said
-
-
 X = np.zeros((2, 1, 2, 2), np.uint8)
 Z = np.array([[0.5, -1.0], [2.0, 3.0]])
+SPEC = DataSpec(name="toy", kind="image", shape=(1, 8, 8), levels=17, classes=10)
+ORIGIN = encoding.Samples(
+    IMAGES, "m", 4, None, np.array([11, 2**53 - 1]), np.array([-1, 3]), {"guidance": 2.0, "steps": 9.0}
+)
+
+
+def test_draw_tells_what_makes_a_sample_again(script: Script, client: Client) -> None:
+    """Both ends are held to the server's own words: its npz, and its reading of the request."""
+    script.say(Answer(encoding.encode(ORIGIN, "npz", SPEC.levels)), images())
+    drawn = client.draw("m", n=2)
+    np.testing.assert_array_equal(drawn.x, IMAGES)
+    assert (drawn.seeds.tolist(), drawn.labels.tolist()) == ([11, 2**53 - 1], [-1, 3])
+    assert (drawn.version, drawn.options) == (4, {"guidance": 2.0, "steps": 9.0})
+    assert script.said["format"] == "npz"
+
+    client.sample(f"m@{drawn.version}", seeds=drawn.seeds, labels=drawn.labels, **drawn.options)
+    assert script.last.path == "/v1/models/m@4/sample"
+    asked = requests.parse(requests.SampleRequest, json.dumps(script.last.body).encode())
+    again = requests.draw_of(asked, SPEC)
+    assert again.seeds.tolist() == drawn.seeds.tolist()
+    assert again.labels.tolist() == drawn.labels.tolist()
+    assert asked.options == drawn.options
+
+    client.sample("m", seeds=drawn.seeds[:1], label=drawn.labels[0])  # one alone, by its own label
+    assert script.said == {"seeds": [11], "format": "npy"}
+    client.sample("m", seeds=drawn.seeds[1:], label=drawn.labels[1])
+    assert script.said == {"seeds": [2**53 - 1], "label": 3, "format": "npy"}
+
+
+@pytest.mark.parametrize(
+    ("operation", "call"),
+    [
+        (requests.LikelihoodRequest, lambda client, labels: client.log_likelihood("m", X, labels)),
+        (requests.EncodeRequest, lambda client, labels: client.encode("m", X, labels)),
+        (requests.DecodeRequest, lambda client, labels: client.decode("m", Z, labels)),
+        (requests.CompleteRequest, lambda client, labels: client.complete("m", X, X == 0, labels=labels)),
+    ],
+    ids=["log_likelihood", "encode", "decode", "complete"],
+)
+def test_every_operation_says_any_as_the_server_reads_it(
+    operation: Any, call: Callable[[Client, Any], Any], script: Script, client: Client
+) -> None:
+    script.say(problem(400))
+    with pytest.raises(ServerProblem):
+        call(client, np.array([-1, 3]))
+    asked = requests.parse(operation, json.dumps(script.last.body).encode())
+    assert requests.labels_of(asked.labels, 2, SPEC).tolist() == [-1, 3]
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (
+            lambda client: client.sample("m", stream=True),
+            "stream=True is no option of a model: call Client.stream",
+        ),
+        (lambda client: client.draw("m", timeout_s=5), "timeout_s=5 is no .*: give it to Client"),
+        (lambda client: client.stream("m", format="png"), "format='png' is no .*: what comes is arrays"),
+        (lambda client: client.complete("m", X, X == 0, label=3), "label=3 is no .*: give labels, one for"),
+    ],
+)
+def test_a_field_that_is_no_option_is_refused(
+    call: Callable[[Client], Any], told: str, script: Script, client: Client
+) -> None:
+    with pytest.raises(TypeError, match=told):
+        call(client)
+    assert not script.asked
 
 
 @pytest.mark.parametrize(
@@ -319,47 +398,82 @@ def test_what_will_not_change_is_asked_once(status: int, script: Script, client:
     assert len(script.asked) == 1
 
 
-def test_pauses_grow_and_have_an_end(script: Script, url: str) -> None:
+def test_pauses_grow_and_have_an_end(script: Script, url: str, clock: Clock) -> None:
     script.say(problem(503))
-    with Client(url, retries=4) as client, pytest.raises(ServerProblem, match="not now"):
+    with Client(url, retries=7) as client, pytest.raises(ServerProblem, match="not now"):
         client.models()
-    assert len(script.asked) == 5
-    for pause_s, longest_s in zip(script.pauses_s, (0.02, 0.04, 0.08, 0.16), strict=True):
-        assert longest_s / 2 <= pause_s < longest_s + 0.1
+    assert len(script.asked) == 8
+    for pause_s, longest_s in zip(clock.pauses_s, (0.25, 0.5, 1, 2, 4, 8, 8), strict=True):
+        assert longest_s / 2 <= pause_s <= longest_s
 
 
-@pytest.mark.parametrize("after", ["1", lambda: formatdate(time.time() + 2, usegmt=True)])
+@pytest.mark.parametrize("after", ["2", formatdate(1002, usegmt=True)])  # the clock says 1000
 def test_a_server_that_names_a_time_is_heeded(
-    after: str | Callable[[], str], script: Script, client: Client
+    after: str, script: Script, client: Client, clock: Clock
 ) -> None:
-    script.say(problem(429, Retry_After=after if isinstance(after, str) else after()), images())
+    script.say(problem(429, Retry_After=after), images())
     client.sample("m", n=2)
-    assert 1 <= script.pauses_s[0] < 3
+    assert 2 < clock.pauses_s[0] <= 2.25
 
 
 @pytest.mark.parametrize("after", ["soon", "-3", "Fri, 99 Nov 2026", "\u0661"])
-def test_a_time_that_is_no_sense_is_passed_over(after: str, script: Script, client: Client) -> None:
+def test_a_time_that_is_no_sense_is_passed_over(
+    after: str, script: Script, client: Client, clock: Clock
+) -> None:
     script.say(problem(429, Retry_After=after.encode().decode("latin-1")), images())
     client.sample("m", n=2)
-    assert script.pauses_s[0] < 0.5
+    assert clock.pauses_s[0] <= 0.25
 
 
-def test_no_time_is_waited_that_there_is_not(script: Script, url: str) -> None:
+def test_no_time_is_waited_that_there_is_not(script: Script, url: str, clock: Clock) -> None:
     script.say(problem(503, Retry_After="30"))
-    begin = time.monotonic()
     with Client(url, timeout_s=5) as client, pytest.raises(ServerProblem, match="not now") as error:
         client.models()
-    assert time.monotonic() - begin < 1
+    assert not clock.pauses_s
     assert error.value.retry_after_s == 30
 
 
-@pytest.mark.parametrize("delay_s", [0.02, 1.0])
-def test_an_answer_that_trickles_in_is_given_up_in_time(delay_s: float, script: Script, url: str) -> None:
-    script.say(images(delay_s=delay_s))
-    begin = time.monotonic()
-    with Client(url, timeout_s=0.5) as client, pytest.raises(httpx.ReadTimeout):
+def test_an_answer_that_trickles_in_is_given_up(script: Script, url: str) -> None:
+    script.say(images(lasts_s=0.1))
+    with Client(url, timeout_s=5) as client, pytest.raises(httpx.ReadTimeout, match="took too long"):
         client.sample("m")
-    assert 0.4 < time.monotonic() - begin < 1.5
+    assert len(script.asked) == 1
+
+
+def test_an_answer_that_is_in_time_to_its_last_byte_is_taken(script: Script, url: str) -> None:
+    script.say(images(lasts_s=0.01))
+    with Client(url, timeout_s=5) as client:
+        np.testing.assert_array_equal(client.sample("m"), IMAGES)
+
+
+def test_an_answer_that_hangs_is_cut_when_its_time_is_over(
+    script: Script, url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when as much time has passed since its last byte."""
+    cuts_s = []
+
+    class Timer(threading.Timer):
+        """Time flies: what is to be done in seconds is done at once."""
+
+        def start(self) -> None:
+            cuts_s.append(self.interval)
+            clock.now_s += self.interval
+            self.interval = 0
+            super().start()
+
+    monkeypatch.setattr(module, "Timer", Timer)
+    script.say(Answer(b"x", lasts_s=4, promised=9, hangs=True))
+    with Client(url, timeout_s=600) as client, pytest.raises(httpx.ReadTimeout, match="took too long"):
+        client.models()
+    assert len(script.asked) == 1
+    assert cuts_s[0] == 596
+
+
+def test_each_phase_of_a_request_has_what_is_left(clock: Clock) -> None:
+    patience = module._Patience(10, 0)
+    assert patience.get("connect") == 10
+    clock.now_s += 7
+    assert patience.get("read") == 3
 
 
 def test_an_error_of_another_server_names_its_status(script: Script, url: str) -> None:
@@ -401,7 +515,8 @@ MOST = event("preview", {"share": 0.75, "samples": [[3, 1]]})
 DONE = event(
     "samples",
     {
-        **{"version": 2, "seeds": [5, 6], "labels": [None, 3], "media_type": "application/x-npy"},
+        **ORIGIN.origin,
+        "media_type": "application/x-npy",
         "content": base64.b64encode(npy(IMAGES)).decode(),
     },
 )
@@ -416,7 +531,8 @@ def test_a_stream_shows_previews_and_ends_with_the_samples(script: Script, clien
     np.testing.assert_array_equal(most.x, [[3, 1]])
     assert isinstance(done, Samples)
     np.testing.assert_array_equal(done.x, IMAGES)
-    assert (done.seeds.tolist(), done.labels.tolist(), done.version) == ([5, 6], [-1, 3], 2)
+    assert (done.seeds.tolist(), done.labels.tolist()) == ([11, 2**53 - 1], [-1, 3])
+    assert (done.version, done.options) == (4, {"guidance": 2.0, "steps": 9.0})
     assert script.said == {"n": 2, "seed": 1, "format": "npy", "stream": True}
 
 
@@ -434,6 +550,16 @@ def test_a_broken_stream_goes_on_where_it_was(broken: Answer, script: Script, cl
     shares = [event.share if isinstance(event, Preview) else 1 for event in client.stream("m")]
     assert shares == [0.5, 0.75, 1]
     assert script.asked[0].body["seed"] == script.asked[1].body["seed"]
+
+
+def test_who_looks_long_at_a_preview_loses_nothing(script: Script, client: Client, clock: Clock) -> None:
+    script.say(stream(HALF, MOST, DONE))
+    events = client.stream("m", n=2)
+    for _ in range(2):
+        assert isinstance(next(events), Preview)
+        clock.now_s += 3600
+    assert isinstance(next(events), Samples)
+    assert len(script.asked) == 1
 
 
 def test_a_problem_ends_a_stream(script: Script, client: Client) -> None:
