@@ -406,11 +406,14 @@ class Engine:
     def _check_labels(self, labels: Tensor) -> None:
         """Refuse labels that the data have not."""
         classes = self._spec.classes
-        for label in labels[(labels >= classes) | ((labels < 0) & (labels != UNLABELLED))].tolist():
-            told = (
-                f"in [0, {classes - 1}], or {UNLABELLED} for any" if classes else f"{UNLABELLED}: it has none"
-            )
-            raise ValueError(f"labels hold {label}; each must be {told}")
+        least, most = labels.aminmax()  # one pass: every request waits for it
+        if least >= UNLABELLED and most < classes:
+            return
+        label = int(most if most >= classes else least)
+        known = (
+            f"in [0, {classes - 1}], or {UNLABELLED} for any" if classes else f"{UNLABELLED}: there are none"
+        )
+        raise ValueError(f"labels hold {label}; each must be {known}")
 
     def _check_given(self, given: tuple[Tensor, Tensor] | None, n: int) -> None:
         """Refuse what is given if it is not what this engine draws from."""
