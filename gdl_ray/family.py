@@ -337,6 +337,8 @@ class Family(nn.Module, ABC):
             )
         self.config = config
         self.spec = spec
+        self.latent_dims = spec.dims
+        """Number of values in a latent, D, where it has latents: those of the data, unless it says other."""
         self.carried: State = {}
         """What training takes from step to step beside weights: a row for each example of a worker's batch,
         continued by the example in the same place of the next batch. Empty until the first step."""
@@ -389,10 +391,8 @@ class Unnormalized(Likelihood):
 class Decoder(ABC):
     """A family that turns latents into data."""
 
-    @property
-    @abstractmethod
-    def latent_dims(self) -> int:
-        """Number of values in a latent: D."""
+    latent_dims: int
+    """Number of values in a latent: D."""
 
     @abstractmethod
     def decode(self, z: Tensor, labels: Tensor) -> Tensor:

@@ -61,12 +61,12 @@ class Samples:
     @property
     def headers(self) -> dict[str, str]:
         """What of the origin fits into a response's headers."""
-        told = {"model": self.model, "version": self.version, "n": len(self.x), "seed": self.seed}
+        # MLflow lets names have letters that headers have not.
+        told = {"model": quote(self.model), "version": self.version, "n": len(self.x), "seed": self.seed}
         if len(self.labels) and (self.labels == self.labels[0]).all() and self.labels[0] >= 0:
             told["label"] = int(self.labels[0])
         told |= self.options
-        # MLflow lets names have letters that headers have not.
-        return {f"X-{name.title()}": quote(f"{value}") for name, value in told.items() if value is not None}
+        return {f"X-{name.title()}": f"{value}" for name, value in told.items() if value is not None}
 
 
 @cache

@@ -166,10 +166,6 @@ class Diffusion(Family, Likelihood, Latent, Completion):
             nats += span / samples * self._error_nats(x, noise, gamma, batch.y, None)
         return -(self._prior_nats(x) + self._reconstruction_nats(batch) + nats)
 
-    @property
-    def latent_dims(self) -> int:
-        return self.spec.dims
-
     @torch.no_grad()
     def encode(self, x: Tensor, labels: Tensor) -> Tensor:
         """Follow the sampler's path backwards, from data to noise."""

@@ -156,10 +156,6 @@ class Flow(Family, Likelihood, Latent):
             densities.append(_log_normal(z) + log_det)
         return torch.stack(densities).logsumexp(0) - math.log(samples)
 
-    @property
-    def latent_dims(self) -> int:
-        return self.spec.dims
-
     @torch.no_grad()
     def encode(self, x: Tensor, labels: Tensor) -> Tensor:
         """Map the centre of each value's bin."""

@@ -130,6 +130,7 @@ class GAN(Family, Decoder):
 
     def __init__(self, config: GANConfig, spec: DataSpec):
         super().__init__(config, spec)
+        self.latent_dims = config.latent
         self.critic = _Critic(config, spec)
         self.generator = _Generator(config, spec)
 
@@ -165,10 +166,6 @@ class GAN(Family, Decoder):
     def _spread(self, x: Tensor, key: Tensor, stream: int) -> Tensor:
         """Move each value evenly within the width of a level."""
         return x + (uniform(key, self.spec.shape, stream) - 0.5) * (2 / self.spec.levels)
-
-    @property
-    def latent_dims(self) -> int:
-        return int(self.config.latent)
 
     @torch.no_grad()
     def decode(self, z: Tensor, labels: Tensor) -> Tensor:

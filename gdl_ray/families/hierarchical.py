@@ -16,8 +16,7 @@ be cheap than tell something. Not here: drawing a whole grid at once (Tian et al
 References:
     Razavi et al. Generating Diverse High-Fidelity Images with VQ-VAE-2. 2019. https://arxiv.org/abs/1906.00446
     Mentzer et al. Finite Scalar Quantization: VQ-VAE Made Simple. 2023. https://arxiv.org/abs/2309.15505
-    Tian et al. Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction. 2024.
-    https://arxiv.org/abs/2404.02905
+    Tian et al. Visual Autoregressive Modeling via Next-Scale Prediction. 2024. https://arxiv.org/abs/2404.02905
     Burda, Grosse, Salakhutdinov. Importance Weighted Autoencoders. 2015. https://arxiv.org/abs/1509.00519
     Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. https://arxiv.org/abs/2207.12598
 """
@@ -141,8 +140,7 @@ class Hierarchical(Family, Likelihood, Latent):
             _Stage(before, after, 1 if i == 0 else 2, config.dropout, _ENCODER_DROPOUT + i)
             for i, (before, after) in enumerate(pairwise([spec.shape[0], *channels]))
         )
-        # From here on, lists run from coarse to fine.
-        self.sizes, channels = sizes[::-1], channels[::-1]
+        self.sizes, channels = sizes[::-1], channels[::-1]  # coarse to fine from here on
         self.grids = self.sizes[: len(sizes) - halvings]
         self.decoder = nn.ModuleList(
             _Stage(before, after, 1, config.dropout, _DECODER_DROPOUT + i)
@@ -156,6 +154,7 @@ class Hierarchical(Family, Likelihood, Latent):
         # What a pixel is before a code says otherwise.
         self.marginal = nn.Parameter(logistic.marginal(spec.counts, spec.shape, spec.levels))
         self.prior = _Prior(config, spec.classes, sum(height * width for height, width in self.grids))
+        self.latent_dims = self.prior.tokens * config.digits
 
     def forward(self, batch: Batch, phase: str = "main") -> Losses:
         y = batch.sometimes_unlabelled(self.config.label_drop).y
@@ -188,10 +187,6 @@ class Hierarchical(Family, Likelihood, Latent):
             log_pixels = logistic.log_prob(batch.x, *pixels, self.spec.levels).flatten(1).sum(1)
             log_weights.append(log_pixels + log_prior - log_posterior)
         return torch.stack(log_weights).logsumexp(0) - math.log(samples)
-
-    @property
-    def latent_dims(self) -> int:
-        return int(self.prior.tokens * self.config.digits)
 
     @torch.no_grad()
     def encode(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ class VAE(Family, Likelihood, Latent):
 
     def __init__(self, config: VAEConfig, spec: DataSpec):
         super().__init__(config, spec)
+        self.latent_dims = config.latent
         # The last embedding stands for "no label".
         self.encoder_class = nn.Embedding(spec.classes + 1, config.hidden)
         self.decoder_class = nn.Embedding(spec.classes + 1, config.hidden)
@@ -141,10 +142,6 @@ class VAE(Family, Likelihood, Latent):
             log_ratio = (0.5 * (noise.square() - z.square()) + log_scale).sum(1)
             log_weights.append(log_ratio + self._log_prob(batch.x, z, batch.y))
         return torch.stack(log_weights).logsumexp(0) - math.log(samples)
-
-    @property
-    def latent_dims(self) -> int:
-        return int(self.config.latent)
 
     @torch.no_grad()
     def encode(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -112,10 +112,6 @@ class Filling(Drawing):
 class Able(Explicit, Latent, Completion):
     """Its latents are the values themselves."""
 
-    @property
-    def latent_dims(self) -> int:
-        return self.spec.dims
-
     def encode(self, x: Tensor, labels: Tensor) -> Tensor:
         return x.flatten(1).float()
 
