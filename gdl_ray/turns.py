@@ -1,7 +1,8 @@
 """The queue of a sampling engine: waiting jobs take free slots in turns.
 
 A turn is one sample, and is charged its steps: the client who was charged the least is next, and of its jobs
-the one that was charged the least. So a request of a thousand samples does not starve one of four, nor a
+the one that would end first if they all shared alike. Each ends no later than if they did, and small ones and
+those that came first end much sooner. So a request of a thousand samples does not starve one of four, nor a
 client's hundred requests another client's one, nor samples of a thousand steps those of ten.
 
 Whoever joins starts at what one who had waited all along would have been charged: to have been away saves
@@ -12,6 +13,8 @@ Of samples that take more than 100 steps a client holds at most 7/8 of the slots
 References:
     Demers, Keshav, Shenker. Analysis and Simulation of a Fair Queueing Algorithm. SIGCOMM 1989.
     https://doi.org/10.1145/75246.75248
+    Friedman, Henderson. Fairness and Efficiency in Web Server Protocols. SIGMETRICS 2003.
+    https://doi.org/10.1145/781027.781056
 """
 
 import heapq
@@ -62,8 +65,8 @@ class Job:
     """How many of the samples are finished."""
     taken: int = 0
     """Steps taken so far, over all samples."""
-    charged: float = 0.0
-    """What it pays for its turns, in steps, counted from when its client was first seen."""
+    finish: float = 0.0
+    """On its client's clock, when it would end if the client's jobs shared alike."""
     shown: int = 0
     """How many parts of the work had been done when the last preview was shown."""
     samples: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -134,7 +137,7 @@ class _Client:
     samples: int = 0
     """How many of its samples wait."""
     clock: float = 0.0
-    """What a job of it that had waited all along would have been charged."""
+    """Steps that each of its jobs would have taken by now, if they shared alike."""
     lines: tuple[list[_Entry], ...] = field(default_factory=lambda: ([], []))
     """Heaps of its jobs, the next one first: of short ones and of long ones."""
 
@@ -175,8 +178,8 @@ class Turns:
         client = self._clients.setdefault(job.client, _Client(self._clock, turn))
         if not client.count:
             client.charged, client.turn = max(client.charged, self._clock), turn
-        job.charged = client.clock
-        heapq.heappush(client.lines[job.long], (job.charged, turn, job))
+        job.finish = client.clock + job.missing * job.steps
+        heapq.heappush(client.lines[job.long], (job.finish, turn, job))
         self._count(client, job, job.missing)
 
     def remove(self, job: Job) -> None:
@@ -216,9 +219,9 @@ class Turns:
         while room and (ready := self._ready({name for name, count in long.items() if count >= most})):
             client, line = min(ready, key=lambda each: (each[0].charged, each[0].turn))
             job = line[0][2]
-            # One after another, unless the job is alone: then all at once, which is faster.
+            # One after another, unless the client is alone: then all at once, which is faster.
             least = min(room, most - long[job.client]) if job.long else room
-            count = min(least, job.missing) if len(ready) == client.count == 1 else 1
+            count = min(least, job.missing) if len(ready) == 1 else 1
             self._give(client, line, count, among=len(ready))
             long[job.client] += count * job.long
             counts[job] += count
@@ -243,11 +246,8 @@ class Turns:
         client.clock += steps / client.count
         client.charged += steps
         client.turn = next(self._turns)
-        job.charged += steps
         job.admitted += count
-        if job.missing:
-            heapq.heapreplace(line, (job.charged, client.turn, job))
-        else:
+        if not job.missing:
             heapq.heappop(line)
 
     def _forget(self) -> None:
