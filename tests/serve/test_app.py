@@ -721,21 +721,16 @@ def test_what_breaks_in_a_stream_is_told_in_it(serve_family: Any, explicit: Any)
     assert json.loads(file.read_text())["problem"] == "server-error"
 
 
-class Slow:
-    """A gate that lets each step through after a while."""
-
-    def wait(self, timeout: float) -> bool:
-        time.sleep(0.05)
-        return True
-
-    def set(self) -> None:
-        """Let all through, as it does anyway."""
+def slowly(timeout: float) -> bool:
+    """Let each step through a gate after a while."""
+    time.sleep(0.05)
+    return True
 
 
 def test_only_the_first_preview_is_measured(serve_family: Any, explicit: Any) -> None:
     served = serve_family(explicit)
     seen: list[float] = []
-    explicit.gate = Slow()
+    explicit.gate.wait = slowly
     served.app._meter.previewed = lambda model, seconds: seen.append(seconds)
     assert len(events(draw(served, {"n": 20, "stream": True}))) > 2
     assert len(seen) == 1
