@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gdl_ray.train.checkpoint import load_family
 
 
-@bentoml.service(workers=1, metrics={"enabled": False}, logging={"access": {"enabled": False}})
+@bentoml.service(workers=2, metrics={"enabled": False}, logging={"access": {"enabled": False}})
 class Sampler:
     """Draws a sample for each row."""
 

@@ -53,11 +53,11 @@ class Sampler(litserve.LitAPI):  # type: ignore[misc]
 
 if __name__ == "__main__":
     api = Sampler(max_batch_size=16, batch_timeout=0.002)
-    server = litserve.LitServer(api, accelerator="cpu", devices=1, fast_queue=True)
+    server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=2, fast_queue=True)
     server.run(
         host="127.0.0.1",
         port=int(os.environ["PORT"]),
-        num_api_servers=1,
+        num_api_servers=2,
         generate_client_file=False,
         log_level="warning",
     )

@@ -74,7 +74,7 @@ def peers(name: str, version: int, seed: int) -> list[Peer]:
 
 def _mlflow(name: str, version: int, seed: int) -> Peer:
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", f"models:/{name}/{version}"]
-    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", "{port}"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", "{port}", "--workers", "2"]
     # It starts `uvicorn` from the PATH.
     env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     frame = {"columns": ["label"], "data": [[UNLABELLED]] * 4}

@@ -22,10 +22,10 @@ UTILISATION = 0.7
 
 
 def against_peers(stage: Stage) -> list[Bar]:
-    """n=4 over 32 connections, the vae: against `mlflow models serve`, BentoML and LitServe."""
+    """n=4, 32 connections, the vae, two workers each: `mlflow models serve`, BentoML, LitServe."""
     name, version = stage.model("vae")
-    bodies: dict[Target, Mapping[str, Any]] = {stage.target(name): BODY}
-    with ExitStack() as running:
+    with stage.copies({"two": [(name, version)]}, {"serve.replicas": "2"}), ExitStack() as running:
+        bodies: dict[Target, Mapping[str, Any]] = {stage.target("two"): BODY}
         for peer in peers(name, version, SEED):
             bodies[running.enter_context(peer.running(free_port()))] = peer.body
         rounds = _closed_rounds(stage, bodies)
