@@ -248,7 +248,7 @@ def _start(platform: Platform, name: str) -> None:
 
 
 def _start_serve(platform: Platform) -> None:
-    """Run the command that deploys the catalog, unless an interrupted `up` has left it running."""
+    """Run the command that deploys the service, unless an interrupted `up` has left it running."""
     deploying = platform.processes.get("serve")
     if deploying is None or not is_alive(deploying):
         _start(platform, "serve")

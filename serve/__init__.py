@@ -1,1 +1,1 @@
-"""Every registered champion behind HTTP: one Ray Serve application per model and a catalog of them all."""
+"""Every registered model behind HTTP: a pool of replicas for all, an operator that follows the registry."""
