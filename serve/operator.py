@@ -101,6 +101,7 @@ class Operator:
         self._wake = asyncio.Event()
         # Serve constructs a replica on the event loop that later runs its requests.
         self._task = asyncio.get_running_loop().create_task(self._run())
+        replica.listen_on_node_address()
 
     async def watch(self, name: str, own: str, report: Report, serial: int) -> Directory:
         """Take note of what a replica holds; returns the directory when it changes, or after a second.

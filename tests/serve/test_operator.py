@@ -56,6 +56,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     world = World()
     monkeypatch.setenv("GDL_RAY_HOME", str(tmp_path))
     monkeypatch.setattr(operator, "_deploy", world.deploy)
+    monkeypatch.setattr(replica, "listen_on_node_address", lambda: None)
     monkeypatch.setattr(operator, "PERIOD_S", 0.01)
     monkeypatch.setattr(operator, "PATIENCE_S", 0.3)
     monkeypatch.setattr(registry, "describe", world.describe)
