@@ -202,7 +202,10 @@ def _ingress(replicas: Sequence[int], gpus: float) -> serve.Deployment:
         # The engine bounds the queue, in samples.
         max_ongoing_requests=10_000,
         graceful_shutdown_timeout_s=DRAIN_S,
-        logging_config={"enable_access_log": False},
+        # How soon a replica that died is missed, and another started.
+        health_check_period_s=2.0,
+        # Else Ray makes a record of each request, which is shown nowhere.
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
         **scale,
     )(serve.ingress()(Replica))
     return deployment

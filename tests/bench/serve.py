@@ -47,6 +47,7 @@ def main() -> int:
     if asked.peers:
         peers.install()
         return 0
+    os.nice(15)  # as Ray's workers are: the client and the peers must not go before what is measured
     print(f"{os.cpu_count()} cores, shared by servers, models and this client", flush=True)
     with stage(asked.quick) as platform:
         bars = [bar for key in asked.rows or ROWS for bar in measure(platform, key)]
