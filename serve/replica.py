@@ -100,8 +100,9 @@ class Replica:
     def __init__(self, own: str, settings: Settings, operator: "DeploymentHandle[Any] | None" = None) -> None:
         torch.set_num_threads(1)  # the cores belong to training; replicas scale by number
         # The engine's thread gives the interpreter away at every torch operation, and by default waits up to
-        # 5 ms for a busy event loop to give it back.
-        sys.setswitchinterval(0.0002)
+        # 5 ms for a busy event loop to give it back. Beside one that is busy for 40 % of the time, that costs
+        # it 40 % of its samples, and this 10 %.
+        sys.setswitchinterval(0.00002)
         log_json_lines()
         self._own = own
         self._operator = operator or serve.get_deployment_handle(OPERATOR, APPLICATION)
