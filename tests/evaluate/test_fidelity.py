@@ -7,10 +7,20 @@ import numpy.typing as npt
 import pytest
 import scipy.linalg
 import torch
+from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from gdl_ray.data import Dataset
 from gdl_ray.evaluate import fidelity
-from gdl_ray.evaluate.fidelity import Neighbours, frechet_distance, label_agreement, neighbours
+from gdl_ray.evaluate.classifier import Classifier
+from gdl_ray.evaluate.fidelity import (
+    Neighbours,
+    frechet_distance,
+    kernel_distance,
+    label_agreement,
+    neighbours,
+)
 from gdl_ray.random import fold, normal
 
 K = 5
@@ -60,6 +70,48 @@ def test_frechet_distance_of_fewer_points_than_dimensions() -> None:
     assert frechet_distance(a, a + 2) == pytest.approx(6 * 4, rel=1e-5)
 
 
+def kernel_by_pairs(data: Tensor, samples: Tensor) -> float:
+    """Average scikit-learn's kernel over all pairs of different points."""
+    a, b = data.double().numpy(), samples.double().numpy()
+
+    def within(x: npt.NDArray[np.float64]) -> float:
+        k = polynomial_kernel(x, degree=3)
+        return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))
+
+    return within(a) + within(b) - 2 * float(polynomial_kernel(a, b, degree=3).mean())
+
+
+@pytest.mark.parametrize(("count", "other", "rows"), [(300, 200, 1024), (40, 250, 7), (3, 3, 2)])
+def test_kernel_distance_by_pairs(count: int, other: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "_CHUNK_ROWS", rows)
+    a, b = features(1, count), features(2, other)
+    assert kernel_distance(a, b)[0] == pytest.approx(kernel_by_pairs(a, b), rel=1e-9)
+
+
+def test_the_error_of_the_kernel_distance_is_the_jackknife() -> None:
+    a, b = features(1, 6), features(2, 5)
+    without = [kernel_by_pairs(torch.cat([a[:i], a[i + 1 :]]), b) for i in range(6)]
+    without_b = [kernel_by_pairs(a, torch.cat([b[:i], b[i + 1 :]])) for i in range(5)]
+    expected = np.sqrt(5 * np.var(without) + 4 * np.var(without_b))
+    assert kernel_distance(a, b)[1] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("scale", "inflation"), [(1.5, 1.0), (1.0, math.sqrt(2))], ids=["unlike", "alike"])
+def test_the_error_of_the_kernel_distance_is_its_spread(scale: float, inflation: float) -> None:
+    noise = normal(fold(4, torch.arange(300 * 250)), (8,)).view(300, 250, 8)
+    found = torch.tensor([kernel_distance(x[:150], scale * x[150:]) for x in noise])
+    spread, error = found[:, 0].std(), found[:, 1].square().mean().sqrt()
+    assert (error / spread).item() == pytest.approx(inflation, rel=0.15)
+    # The kernel's mean depends on the dot product alone, so that of normals has a closed form.
+    expected = sum(weight * (1 + 3 * s / 8) for weight, s in ((1, 1), (1, scale**4), (-2, scale**2)))
+    assert found[:, 0].mean().item() == pytest.approx(expected, abs=4 * spread.item() / math.sqrt(300))
+
+
+def test_too_few_points_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 samples are too few to tell an error: give 3 or more"):
+        kernel_distance(features(1, 6), features(2, 2))
+
+
 def by_hand(data: Tensor, samples: Tensor, k: int) -> Neighbours:
     """Count balls one by one."""
 
@@ -98,6 +150,38 @@ def test_neighbours_by_hand(
     expected = by_hand(data, samples, k)
     assert all(0 < share < 1 for share in (expected.precision, expected.recall, expected.coverage))
     assert_same(neighbours(data, samples, k), expected)
+
+
+def by_scikit_learn(data: Tensor, samples: Tensor, k: int) -> Neighbours:
+    """Count balls by another search for neighbours."""
+    a, b = data.double().numpy(), samples.double().numpy()
+
+    def balls(centres: npt.NDArray[np.float64], x: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        search = NearestNeighbors(n_neighbors=k).fit(centres)
+        radii = search.kneighbors()[0][:, -1]  # a point is not its own neighbour
+        distances, order = NearestNeighbors(n_neighbors=len(centres)).fit(centres).kneighbors(x)
+        held = np.zeros_like(distances, dtype=bool)
+        np.put_along_axis(held, order, distances <= radii[order], axis=1)
+        return held
+
+    of_samples, of_data = balls(a, b), balls(b, a)
+    return Neighbours(
+        precision=float(of_samples.any(1).mean()),
+        recall=float(of_data.any(1).mean()),
+        density=float(of_samples.sum() / k / len(b)),
+        coverage=float(of_samples.any(0).mean()),
+    )
+
+
+def test_features_of_images_against_other_implementations(digits: Dataset) -> None:
+    torch.manual_seed(0)
+    classifier = Classifier(digits.spec)
+    data, samples = (classifier.features(torch.tensor(digits.splits[name].x)) for name in ("test", "train"))
+    data, samples = data * 30, samples[::3] * 30  # an untrained one's are small
+    a, b = data.double().numpy(), samples.double().numpy()
+    assert frechet_distance(data, samples) == pytest.approx(frechet_by_square_root(a, b), rel=1e-4)
+    assert kernel_distance(data, samples)[0] == pytest.approx(kernel_by_pairs(data, samples), rel=1e-4)
+    assert_same(neighbours(data, samples, K), by_scikit_learn(data, samples, K))
 
 
 def test_neighbours_on_a_line() -> None:
