@@ -27,11 +27,10 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from gdl_ray.data import Feed, Split, load
 from gdl_ray.data.arrays import level_counts
+from gdl_ray.evaluate.efficiency import step_flops
 from gdl_ray.families import FAMILIES, build, preset
 from gdl_ray.family import DataSpec, Precision
 from gdl_ray.train.loop import Report, Training, train
@@ -86,10 +85,10 @@ def measure(key: str, setting: Setting) -> Speed:
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec, split = random_images(setting.data)
-    flops = step_flops(trainer(key, replace(setting, compile=False), spec, device), split)
     training = trainer(key, setting, spec, device)
     batch_size = training.plan.optimization.batch_size
     feed = Feed(split, seed=0, batch_size=batch_size, device=device)
+    flops = step_flops(training.family, feed.batch(0), training.family.phases)
 
     def steps() -> None:
         for _ in range(setting.steps):
@@ -125,36 +124,6 @@ def trainer(key: str, setting: Setting, spec: DataSpec, device: torch.device) ->
         optimization = replace(optimization, precision=setting.precision)
     plan = Plan(optimization=optimization, budget=Budget(steps=1_000_000), compile=setting.compile)
     return Training(build(key, chosen.model, spec).to(device), plan, World(device=device))
-
-
-def step_flops(training: Training, split: Split) -> int:
-    """Count the FLOPs of a step."""
-    batch_size, device = training.plan.optimization.batch_size, training.world.device
-    batch = Feed(split, seed=0, batch_size=batch_size, device=device).batch(0)
-    training.advance(batch)  # chains and the like begin in the first step
-    with Flops() as flops:  # type: ignore[no-untyped-call]
-        training.advance(batch)
-    return int(flops.total)
-
-
-class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up FLOPs by the formulas of torch's FlopCounterMode.
-
-    That itself follows modules too, and fails where a loss takes a gradient.
-    """
-
-    total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operation and add what it takes."""
-        result = func(*args, **kwargs or {})
-        # Attention on a CPU is called otherwise than on a GPU.
-        name = func._overloadpacket.__name__.replace("_for_cpu", "")
-        if formula := flop_registry.get(getattr(torch.ops.aten, name, None)):
-            self.total += formula(*args, **kwargs or {}, out_val=result)
-        return result
 
 
 def timed(work: Callable[[], None]) -> float:
