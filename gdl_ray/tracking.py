@@ -5,11 +5,14 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from queue import Queue
 from threading import Thread
 from typing import Any
@@ -24,6 +27,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset as LoggedDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException, RestException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from PIL import Image
 from requests import HTTPError, RequestException
 
@@ -33,6 +37,8 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 SAMPLES = "samples"
 """Key under which every run logs its sample grids."""
+PARENT = "GDL_RAY_PARENT_RUN"
+"""Environment variable that names the run which a job's own run is a child of."""
 
 # MLflow 3 shows runs and their curves first, rather than traces of language models.
 _TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}
@@ -78,7 +84,27 @@ def check() -> None:
 def start_run(
     name: str, dataset: Dataset, params: Mapping[str, str], tags: Mapping[str, str]
 ) -> tuple[str, str]:
-    """Start a run in the experiment of its dataset; returns its id, and the address of its page."""
+    """Start a run in the experiment of its dataset; returns its id, and the address of its page.
+
+    Where GDL_RAY_PARENT_RUN names a run, it is that one's child, and MLflow shows it below.
+    """
+    parent = os.environ.get(PARENT, "")
+    return _start(name, dataset, params, {**tags, **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})})
+
+
+def start_parent(
+    name: str, dataset: Dataset, params: Mapping[str, str], tags: Mapping[str, str]
+) -> tuple[str, str]:
+    """Start a run that others are children of; returns its id, and the address of its page.
+
+    Processes that have the id in GDL_RAY_PARENT_RUN start its children. `end_run` ends it.
+    """
+    return _start(name, dataset, params, tags)
+
+
+def _start(
+    name: str, dataset: Dataset, params: Mapping[str, str], tags: Mapping[str, str]
+) -> tuple[str, str]:
     client = MlflowClient(tracking_uri())
     experiment = _experiment(client, dataset.spec.name)
     run_id: str = client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
@@ -89,6 +115,11 @@ def start_run(
     except RestException:  # another job was writing the same dataset
         client.log_inputs(run_id, inputs)
     return run_id, _page(experiment, run_id)
+
+
+def end_run(run_id: str, status: str = "FINISHED") -> None:
+    """End a run: FINISHED, FAILED or KILLED."""
+    MlflowClient(tracking_uri()).set_terminated(run_id, status)
 
 
 def resume_run(run_id: str) -> str | None:
@@ -130,6 +161,99 @@ def _describe_data(dataset: Dataset) -> DatasetInput:
         profile=json.dumps({name: len(split) for name, split in dataset.splits.items()}),
     )
     return DatasetInput(logged, [InputTag(key="mlflow.data.context", value="training")])
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What MLflow knows of a run."""
+
+    id: str
+    name: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    """Newest values."""
+    dataset: str
+    """Digest of the data, as MLflow shows it; empty where none was logged."""
+    splits: Mapping[str, int]
+    """Examples in each split of the data."""
+
+
+def run_facts(run_id: str) -> RunFacts:
+    """Look up a run.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    run = ask(MlflowClient(tracking_uri()).get_run, run_id)
+    logged = run.inputs.dataset_inputs[0].dataset if run.inputs and run.inputs.dataset_inputs else None
+    return RunFacts(
+        id=run_id,
+        name=run.info.run_name,
+        params=run.data.params,
+        tags=run.data.tags,
+        metrics=run.data.metrics,
+        dataset=logged.digest if logged else "",
+        splits=json.loads(logged.profile) if logged else {},
+    )
+
+
+def history(run_id: str, metric: str) -> list[tuple[int, int, float]]:
+    """Read the curve of a metric: step, time in ms and value, in the order of steps; empty if there is none.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    points = ask(MlflowClient(tracking_uri()).get_metric_history, run_id, metric)
+    return sorted((each.step, each.timestamp, each.value) for each in points)
+
+
+def log_metrics(run_id: str, metrics: Mapping[str, float]) -> None:
+    """Log metrics of what a run has made, at its last step; a value that is the newest already is left out.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    known = {name: history(run_id, name) for name in run_facts(run_id).metrics}
+    step = max((points[-1][0] for points in known.values()), default=0)
+    now_ms = int(time.time() * 1000)
+    new = [
+        Metric(name, value, now_ms, step)
+        for name, value in metrics.items()
+        if name not in known or repr(known[name][-1][2]) != repr(float(value))  # NaN is NaN here
+    ]
+    ask(MlflowClient(tracking_uri()).log_batch, run_id, metrics=new)
+
+
+def log_files(run_id: str, folder: str, files: Mapping[str, bytes]) -> None:
+    """Write artifacts of a run, replacing those of the same name.
+
+    Args:
+        run_id: of the run.
+        folder: among its artifacts.
+        files: contents by name.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, content in files.items():
+            (Path(scratch) / name).write_bytes(content)
+        ask(MlflowClient(tracking_uri()).log_artifacts, run_id, scratch, folder)
+
+
+def read_file(run_id: str, folder: str, name: str) -> bytes | None:
+    """Read an artifact of a run; None if it has no such file.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    client = MlflowClient(tracking_uri())
+    path = f"{folder}/{name}"
+    if path not in [item.path for item in ask(client.list_artifacts, run_id, folder)]:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        return Path(ask(client.download_artifacts, run_id, path, scratch)).read_bytes()
 
 
 class Run:
@@ -248,7 +372,7 @@ def ask(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     try:
         return call(*args, **kwargs)
-    except MlflowException as error:
+    except (MlflowException, RequestException) as error:
         if _is_refusal(error):
             raise
         raise RegistryUnavailable(f"no MLflow server answers at {tracking_uri()}: {error}") from error

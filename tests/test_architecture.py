@@ -56,7 +56,11 @@ PURE = {"gdl_ray.random": {"torch"}, "gdl_ray.nn": {"torch"}}
 CORE = {"torch", "numpy", "safetensors", "sklearn", "PIL"}
 EXTRA = {
     "gdl_ray.client": {"httpx"},
-    "gdl_ray.registry": {"mlflow", "pandas"},
+    "gdl_ray.registry.model": {"mlflow", "pandas"},
+    "gdl_ray.registry.evaluations": {"mlflow"},
+    "gdl_ray.registry.events": {"mlflow"},
+    "gdl_ray.registry.registration": {"mlflow"},
+    "gdl_ray.registry.versions": {"mlflow"},
     "gdl_ray.tracking": {"mlflow", "requests"},
     "gdl_ray.train.store": {"pyarrow"},
     "gdl_ray.train.worker": {"ray"},

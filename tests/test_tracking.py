@@ -124,3 +124,28 @@ def test_jobs_that_start_at_once_log_the_same_dataset(mlflow_client: MlflowClien
             inputs = mlflow_client.get_run(run_id).inputs
             assert inputs
             assert inputs.dataset_inputs[0].dataset.digest == dataset.digest[:16]
+
+
+def test_runs_of_a_comparison_are_children_of_its_run(
+    mlflow_client: MlflowClient, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, _ = tracking.start_parent("comparison", digits, {"budget": "60s"}, {"kind": "comparison"})
+    monkeypatch.setenv("GDL_RAY_PARENT_RUN", parent)
+    child, _ = tracking.start_run("child", digits, {}, {"family": "vae"})
+    other, _ = tracking.start_parent("another comparison", digits, {}, {})
+    below = mlflow_client.search_runs(
+        [mlflow_client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"
+    )
+    assert [run.info.run_id for run in below] == [child]
+    assert "mlflow.parentRunId" not in mlflow_client.get_run(other).data.tags
+    tracking.end_run(parent)
+    assert mlflow_client.get_run(parent).info.status == "FINISHED"
+
+
+def test_artifacts_are_replaced_and_read_back(mlflow_client: MlflowClient, digits: Dataset) -> None:
+    run_id, _ = tracking.start_run("files", digits, {}, {})
+    assert tracking.read_file(run_id, "tables", "a.md") is None
+    tracking.log_files(run_id, "tables", {"a.md": b"first, and longer", "b.bin": b"\x00"})
+    tracking.log_files(run_id, "tables", {"a.md": b"second"})
+    assert tracking.read_file(run_id, "tables", "a.md") == b"second"
+    assert tracking.read_file(run_id, "tables", "b.bin") == b"\x00"

@@ -1,0 +1,110 @@
+"""Evaluations: what a version was measured to be under a written protocol, beside its run and on its page.
+
+A record is a JSON object: `protocol`, an object that says how it was measured; `protocol_digest`, equal where
+protocols are; `metrics`, values by name, each standard error under its metric's name and `_standard_error`.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from mlflow import MlflowClient
+
+from gdl_ray.evaluate.metrics import METRICS, STANDARD_ERROR
+from gdl_ray.registry import card
+from gdl_ray.registry.versions import OWN, SCORES, VersionNotFound, look_up
+from gdl_ray.tracking import (
+    PATIENCE_S,
+    RunFacts,
+    log_files,
+    log_metrics,
+    persist,
+    read_file,
+    run_facts,
+    tracking_uri,
+)
+
+FOLDER = "evaluation"
+"""Of the run's artifacts that an evaluation writes."""
+
+_PROTOCOL = f"{OWN}protocol"
+
+
+def run_of(name: str, version: int) -> RunFacts:
+    """Look up the run that trained a version.
+
+    Raises:
+        VersionNotFound: if there is none, or it has no run.
+        RegistryUnavailable: if the server does not answer.
+    """
+    run_id = look_up(name, version).run_id
+    if not run_id:
+        raise VersionNotFound(f"{name} version {version} was registered without a run")
+    return run_facts(run_id)
+
+
+def write_evaluation(name: str, version: int, record: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Write an evaluation down, in place of the version's former one; the same again changes nothing.
+
+    The record comes last: where it is, all the rest is.
+
+    Args:
+        name: of the registered model.
+        version: its number.
+        record: as described above.
+        files: pictures and tables that go with it, by name.
+
+    Raises:
+        VersionNotFound: if there is no such version, or it has no run.
+        RegistryUnavailable: if the server does not answer for ten minutes.
+    """
+    persist(partial(_write, name, version, record, files), PATIENCE_S)
+
+
+def _write(name: str, version: int, record: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    run = run_of(name, version)
+    before = read_evaluation(name, version)
+    log_files(run.id, FOLDER, files)
+    log_metrics(run.id, record["metrics"])
+    _tag(name, version, record, before)
+    client = MlflowClient(tracking_uri())
+    described = card.with_numbers(look_up(name, version).description or "", card.numbers(record))
+    client.update_model_version(name, str(version), described)
+    log_files(run.id, FOLDER, {_file(version): json.dumps(record, indent=2, sort_keys=True).encode()})
+
+
+def _tag(name: str, version: int, record: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+    """Have the version's tags say what its record does, and nothing of its former one."""
+    client = MlflowClient(tracking_uri())
+    wanted = {metric: repr(value) for metric, value in record["metrics"].items() if _is_tag(metric)}
+    wanted[_PROTOCOL] = record["protocol_digest"]
+    known = look_up(name, version).tags
+    former = set(before["metrics"]) if before else set()
+    for key in former & known.keys() - wanted.keys():
+        client.delete_model_version_tag(name, str(version), key)
+    for key, value in wanted.items():
+        if known.get(key) != value:
+            client.set_model_version_tag(name, str(version), key, value)
+
+
+def _is_tag(metric: str) -> bool:
+    """Whether a metric is written on the version: measured times differ from one evaluation to the next."""
+    known = METRICS.get(metric.removesuffix(STANDARD_ERROR))
+    return metric.startswith(SCORES) and (known is None or known.is_repeatable)
+
+
+def read_evaluation(name: str, version: int) -> dict[str, Any] | None:
+    """Read a version's evaluation; None where it was never evaluated.
+
+    Raises:
+        VersionNotFound: if there is no such version, or it has no run.
+        RegistryUnavailable: if the server does not answer.
+    """
+    content = read_file(run_of(name, version).id, FOLDER, _file(version))
+    record: dict[str, Any] | None = None if content is None else json.loads(content)
+    return record
+
+
+def _file(version: int) -> str:
+    return f"evaluation-v{version}.json"
