@@ -25,9 +25,9 @@ from ray.exceptions import RayError, RayTaskError
 
 from gdl_ray import registry, tracking
 from gdl_ray.family import Family, Option
-from gdl_ray.train.checkpoint import DamagedCheckpointError, load_family
 from gdl_ray.train.store import Store, patiently
 from jobs.cluster import TimeoutExpired, connect, places, wait_for_room, whole_nodes
+from jobs.models import open_model, resolve
 from jobs.options import UsageError, open_store, seconds
 from jobs.shards import BALANCED, REQUEST, Draw, SamplingError, Shard, draw_shard, shard_name
 
@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str]) -> Work:
         seconds("timeout", given.timeout)
     tracking.check()
     model, version = resolve(given.model)
-    family = _load(model, version)
+    family = open_model(model, version)
     draw = Draw(
         model=model,
         version=version,
@@ -125,49 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu", action="store_true", help="give each worker a GPU")
     add("--timeout", default="", help="wait so long for room for a worker, as 60s, 10min or 2h")
     return parser
-
-
-def resolve(reference: str) -> tuple[str, int]:
-    """Find the version that NAME, NAME@NUMBER or NAME@ALIAS means.
-
-    Raises:
-        UsageError: if there is none.
-        RegistryUnavailable: if MLflow does not answer.
-    """
-    name, _, which = reference.partition("@")
-    models = registry.registered()
-    if name not in models:
-        raise UsageError(
-            f"no model {name!r} is registered: choose from {', '.join(sorted(models)) or 'none yet'}"
-        )
-    if re.fullmatch(r"\d{1,9}", which, re.ASCII):
-        if not registry.exists(name, int(which)):
-            raise UsageError(f"{name} has no version {which}; the newest is {models[name].latest}")
-        return name, int(which)
-    aliases = models[name].aliases
-    version = aliases.get(which or registry.CHAMPION)
-    if version is None:
-        known = ", ".join(f"{name}@{alias}" for alias in sorted(aliases)) or "none"
-        raise UsageError(
-            f"{name} has no alias {which or registry.CHAMPION!r}: its aliases are {known}; "
-            f"{name}@{models[name].latest} is its newest version"
-        )
-    return name, version
-
-
-def _load(model: str, version: int) -> Family:
-    """Load a version, which an alias may name that was deleted since.
-
-    Raises:
-        UsageError: if there is none, or its files are damaged.
-        RegistryUnavailable: if MLflow does not answer.
-    """
-    try:
-        return load_family(registry.fetch(model, version))
-    except registry.VersionNotFound as error:
-        raise UsageError(f"{error}: name another, as {model}@NUMBER, or move the alias") from error
-    except DamagedCheckpointError as error:
-        raise UsageError(f"{model}@{version}: {error}; name another version") from error
 
 
 def _labels(asked: str, classes: int) -> str:

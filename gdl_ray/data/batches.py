@@ -73,8 +73,12 @@ def evaluation_batches(
     """Yield a worker's share of a split in batches; an example's noise depends on its number alone."""
     mine = np.arange(rank, len(split), world)
     for start in range(0, len(mine), batch_size):
-        indices = mine[start : start + batch_size]
-        yield _read(split, indices, fold(seed, torch.from_numpy(indices), _EVALUATION))
+        yield evaluation_batch(split, mine[start : start + batch_size], seed)
+
+
+def evaluation_batch(split: Split, indices: npt.NDArray[np.int64], seed: int = 0) -> Batch:
+    """Read examples of a split by their numbers, each with the noise that `evaluation_batches` gives it."""
+    return _read(split, indices, fold(seed, torch.from_numpy(indices), _EVALUATION))
 
 
 def _read(split: Split, indices: npt.NDArray[np.int64], keys: torch.Tensor) -> Batch:

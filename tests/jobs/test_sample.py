@@ -17,8 +17,9 @@ from gdl_ray.registry import Registered
 from gdl_ray.train import checkpoint
 from gdl_ray.train.store import Store
 from jobs import sample
+from jobs.models import resolve
 from jobs.options import UsageError
-from jobs.sample import main, parse, resolve
+from jobs.sample import main, parse
 from jobs.shards import Draw, SamplingError, Shard
 
 MODELS = {
