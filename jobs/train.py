@@ -3,7 +3,8 @@
 ray job submit --working-dir . -- python -m jobs.train vae --data digits --workers 2
 
 A run whose driver was killed goes on when the same command is submitted again with its `--name`. Several
-families or seeds are several runs: `jobs.train vae gan --seed 0 1 2`.
+families or seeds are several runs: `jobs.train vae gan --seed 0 1 2`. `jobs.train classifier --data digits`
+fits the classifier that evaluations compare samples by.
 """
 
 import os
@@ -38,6 +39,7 @@ from gdl_ray.train.store import Store, patiently
 from gdl_ray.train.task import RUN_FILE, Task
 from gdl_ray.train.validation import SCORE, split_nats
 from gdl_ray.train.worker import FINAL, work
+from jobs import classifier
 from jobs.cluster import TimeoutExpired, connect, wait_for_room
 from jobs.options import Options, UsageError, check, parse
 from jobs.sweep import expand, room, sweep
@@ -318,6 +320,8 @@ def _prepare_ray_train() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job; returns its exit code: 2 if it was asked for what cannot be done."""
+    if arguments[:1] == [registry.CLASSIFIER]:
+        return classifier.main(arguments[1:])
     _prepare_ray_train()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)

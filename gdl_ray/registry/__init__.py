@@ -6,6 +6,7 @@ JSON, no pickle. The alias `champion` names the version that is served.
 
 from gdl_ray.registry.evaluations import read_evaluation, run_of, write_evaluation
 from gdl_ray.registry.events import EVENTS, MAX_AGE_S, hook, signed
+from gdl_ray.registry.extractors import CLASSIFIER, extractor, fitted_with, register_classifier
 from gdl_ray.registry.model import GenerativeModel, set_model, signature
 from gdl_ray.registry.registration import Version, register, registered_by
 from gdl_ray.registry.versions import (
@@ -24,6 +25,7 @@ from gdl_ray.tracking import RegistryUnavailable, RunFacts, history
 
 __all__ = [
     "CHAMPION",
+    "CLASSIFIER",
     "EVENTS",
     "KIND",
     "MAX_AGE_S",
@@ -36,12 +38,15 @@ __all__ = [
     "VersionNotFound",
     "describe",
     "exists",
+    "extractor",
     "fetch",
+    "fitted_with",
     "history",
     "hook",
     "model_name",
     "read_evaluation",
     "register",
+    "register_classifier",
     "registered",
     "registered_by",
     "run_of",
