@@ -366,6 +366,8 @@ class Likelihood(ABC):
     likelihood_kind: ClassVar[LikelihoodKind]
     quick_samples: ClassVar[int] = 1
     """Monte-Carlo samples an example that make the mean over a thousand good enough to compare models by."""
+    tight_samples: ClassVar[int] = 64
+    """Monte-Carlo samples an example that a final figure deserves; more would tighten it little."""
 
     @abstractmethod
     def log_likelihood(self, batch: Batch, samples: int = 1) -> Tensor:

@@ -125,6 +125,7 @@ class Autoregressive(Family, Likelihood, Completion):
 
     density = Density.TRACTABLE
     likelihood_kind = LikelihoodKind.EXACT
+    tight_samples = 1
     kinds = ("image", "tokens")
     presets = {"digits": digits, "mnist": mnist, "cifar10": cifar10}
     Config = AutoregressiveConfig

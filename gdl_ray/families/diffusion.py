@@ -123,7 +123,7 @@ class Diffusion(Family, Likelihood, Latent, Completion):
 
     density = Density.APPROXIMATE
     likelihood_kind = LikelihoodKind.LOWER_BOUND
-    quick_samples = 16
+    quick_samples, tight_samples = 16, 128
     presets = {"digits": digits, "mnist": mnist, "cifar10": cifar10}
     Config = DiffusionConfig
     widths = ("width",)

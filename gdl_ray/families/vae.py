@@ -96,6 +96,7 @@ class VAE(Family, Likelihood, Latent):
 
     density = Density.APPROXIMATE
     likelihood_kind = LikelihoodKind.LOWER_BOUND
+    tight_samples = 1000
     presets = {"digits": digits, "mnist": mnist, "cifar10": cifar10}
     Config = VAEConfig
     widths = ("width", "hidden")

@@ -40,7 +40,6 @@ from gdl_ray.train.checkpoint import load_family
 from gdl_ray.train.local import LocalRun
 from gdl_ray.train.plan import Budget, Plan
 
-TIGHT_SAMPLES = {"vae": 1000, "flow": 64, "diffusion": 128, "hierarchical": 64}
 MOST_BAYES_SAMPLES = 128  # for each class
 TIMED_SAMPLES = 360
 
@@ -194,10 +193,9 @@ def main() -> None:
     print(f"{asked.family}, seed {asked.seed}, {split} split, {weights:,} weights")
     judge = Judge(digits, split)
     if isinstance(model, Likelihood):
-        tight = TIGHT_SAMPLES.get(asked.family, model.quick_samples)
-        for samples in sorted({model.quick_samples, tight}):
+        for samples in sorted({model.quick_samples, model.tight_samples}):
             judge.likelihood(model, samples)
-        judge.bayes(model, min(tight, MOST_BAYES_SAMPLES))
+        judge.bayes(model, min(model.tight_samples, MOST_BAYES_SAMPLES))
     judge.sampling(model)
 
 
