@@ -60,6 +60,7 @@ EXTRA = {
     "gdl_ray.registry.evaluations": {"mlflow"},
     "gdl_ray.registry.events": {"mlflow"},
     "gdl_ray.registry.extractors": {"mlflow"},
+    "gdl_ray.registry.promotion": {"mlflow"},
     "gdl_ray.registry.registration": {"mlflow"},
     "gdl_ray.registry.versions": {"mlflow"},
     "gdl_ray.tracking": {"mlflow", "requests"},

@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 
 from gdl_ray.families import key_of
 from gdl_ray.registry.model import log_version
+from gdl_ray.registry.promotion import move
 from gdl_ray.registry.versions import CHAMPION, describe, model_name
 from gdl_ray.tracking import PATIENCE_S, check, persist, tracking_uri
 from gdl_ray.train import checkpoint
@@ -48,7 +49,7 @@ def register(run_id: str, directory: Path, promote: bool, scores: Mapping[str, f
         client.set_model_version_tag(name, str(version), key, repr(value))
     champion = client.get_registered_model(name).aliases.get(CHAMPION)
     if promote or champion is None:
-        client.set_registered_model_alias(name, CHAMPION, str(version))
+        move(name, CHAMPION, version, "as its training was asked to" if promote else "the first version")
         champion = version
     return _described(name, version, champion)
 
