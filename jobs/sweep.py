@@ -22,12 +22,10 @@ from datetime import UTC, datetime
 from itertools import groupby, product
 from typing import TextIO
 
+from gdl_ray.evaluate.metrics import BITS_PER_DIM
 from gdl_ray.families import FAMILIES
 from gdl_ray.train.validation import SCORE
 from jobs.cluster import places, whole_nodes
-
-COLUMNS = (SCORE, "test/bits_per_dim")
-"""The scores that the table shows."""
 
 _DRIVER = (sys.executable, "-m", "jobs.train")
 _REGISTERED = re.compile(r"jobs\.train: (?P<model>\S+) version (?P<version>\d+) \(.*?\)(?P<scores>.*)")
@@ -66,7 +64,7 @@ class Outcome:
     version: str = "-"
     """The registered version, as `digits-vae 3`."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Bits per dimension by name, where the family has a likelihood."""
+    """Bits per dimension, by names that say what they are, where the family has a likelihood."""
 
 
 def expand(arguments: Sequence[str]) -> list[Run]:
@@ -178,7 +176,7 @@ class _Drivers:
         """Read what became of a run from its exit code and the ends of its stdout and stderr."""
         registered = next(filter(None, map(_REGISTERED.match, reversed(said))), None)
         if code == 0 and registered:
-            scores = re.findall(r"(\S+/bits_per_dim) (\S+)", registered["scores"])
+            scores = re.findall(r"(\S+/bits_per_dim\w*) (\S+)", registered["scores"])
             version = f"{registered['model']} {registered['version']}"
             return Outcome("", seconds, version, {name: float(value) for name, value in scores})
         if self._stopped_by:
@@ -205,7 +203,7 @@ def _failure(code: int, complained: Sequence[str]) -> str:
 
 def table(outcomes: Mapping[Run, Outcome]) -> str:
     """Lay out what became of the runs, by family and seed; several seeds with mean and standard deviation."""
-    rows = [["run", "version", *COLUMNS, "seconds", ""]]
+    rows = [["run", "version", SCORE, "test bits/dim", "seconds", ""]]
     ordered = sorted(outcomes, key=lambda run: (run.family, int(run.seed)))
     for family, runs in groupby(ordered, key=lambda run: run.family):
         members = {run.label: outcomes[run] for run in runs}
@@ -219,9 +217,15 @@ def table(outcomes: Mapping[Run, Outcome]) -> str:
 
 def _figures(outcomes: Sequence[Outcome]) -> list[str]:
     """Write the scores, where all have them, and the seconds: means and deviations if there are several."""
-    scores = [[each.scores[name] for each in outcomes if name in each.scores] for name in COLUMNS]
-    shown = [_mean(values, 4) if len(values) == len(outcomes) else "-" for values in scores]
+    name = next((name for name in BITS_PER_DIM if name in outcomes[0].scores), "")
+    kind = name.removeprefix("test/bits_per_dim_").replace("_", " ")
+    shown = [_scores(SCORE, outcomes), f"{_scores(name, outcomes)} {kind}".strip()]
     return [*shown, _mean([each.seconds for each in outcomes], 0)]
+
+
+def _scores(name: str, outcomes: Sequence[Outcome]) -> str:
+    values = [each.scores[name] for each in outcomes if name in each.scores]
+    return _mean(values, 4) if len(values) == len(outcomes) else "-"
 
 
 def _mean(values: Sequence[float], digits: int) -> str:

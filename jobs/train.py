@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gdl_ray import registry, tracking
 from gdl_ray.data import Dataset
+from gdl_ray.evaluate import metrics
 from gdl_ray.families import FAMILIES
 from gdl_ray.family import Likelihood
 from gdl_ray.home import home
@@ -282,11 +283,13 @@ def _test_scores(directory: Path, dataset: Dataset) -> dict[str, float]:
     if not isinstance(model, Likelihood):
         return {}
     print(f"jobs.train: scoring it on the {len(dataset.splits['test']):,} test examples", flush=True)
-    nats = split_nats(model, dataset.splits["test"], World())
+    found = split_nats(model, dataset.splits["test"], World())
+    nats, bits = metrics.nats(model.likelihood_kind), metrics.bits_per_dim(model.likelihood_kind)
     return {
-        "test/negative_log_likelihood_nats": -nats.mean,
-        "test/bits_per_dim": -dataset.spec.bits_per_dim(nats.mean),
-        "test/bits_per_dim_standard_error": dataset.spec.bits_per_dim(nats.standard_error),
+        nats: found.mean,
+        metrics.standard_error(nats): found.standard_error,
+        bits: -dataset.spec.bits_per_dim(found.mean),
+        metrics.standard_error(bits): dataset.spec.bits_per_dim(found.standard_error),
     }
 
 
@@ -306,7 +309,8 @@ def _tags(options: Options[Any], dataset: Dataset) -> dict[str, str]:
 def _summary(version: registry.Version, scores: Mapping[str, float]) -> str:
     is_champion = version.champion == version.version
     served = "champion" if is_champion else f"champion stays {version.champion}; --promote moves it"
-    shown = "  ".join(f"{name} {scores[name]:.4f}" for name in (SCORE, "test/bits_per_dim") if name in scores)
+    known = [name for name in (SCORE, *metrics.BITS_PER_DIM) if name in scores]
+    shown = "  ".join(f"{name} {scores[name]:.4f}" for name in known)
     return f"jobs.train: {version.name} version {version.version} ({served})  {shown}\n  {version.page}"
 
 

@@ -53,6 +53,9 @@ def standard_error(name: str) -> str:
     return f"{name}{STANDARD_ERROR}"
 
 
+BITS_PER_DIM = tuple(bits_per_dim(kind) for kind in LikelihoodKind)
+"""Names of the bits per dimension of test data, of which a family has at most one."""
+
 _SPOKEN = {
     LikelihoodKind.EXACT: "exact",
     LikelihoodKind.LOWER_BOUND: "by a lower bound of the likelihood",
