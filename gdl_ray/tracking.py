@@ -27,11 +27,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset as LoggedDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException, RestException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from PIL import Image
 from requests import HTTPError, RequestException
 
 from gdl_ray.data import Dataset
+from gdl_ray.evaluate import metrics
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
@@ -42,6 +43,17 @@ PARENT = "GDL_RAY_PARENT_RUN"
 
 # MLflow 3 shows runs and their curves first, rather than traces of language models.
 _TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}
+_NOTE = f"""Runs on one dataset: every family's metrics have the same names, so that runs compare.
+
+To compare, tick runs and choose *Compare*: its scatter plot sets one metric against another, such as \
+`samples/frechet_distance` against `efficiency/samples_per_s_batch_64`. The images of a run are its samples, \
+with the same seeds at every step. A standard error has its metric's name and `_standard_error`.
+
+{metrics.table()}
+
+`train/...` and `validation/...` are of the training itself: `validation/bits_per_dim`, lower is better, \
+chooses the checkpoint of a run.
+"""
 _PICTURE_S = 60.0  # how long a picture may hold the metrics after it up
 PATIENCE_S = 600.0  # how long the end of a run waits for a server that does not answer
 
@@ -142,9 +154,11 @@ def _page(experiment: str, run_id: str) -> str:
 def _experiment(client: MlflowClient, name: str) -> str:
     """Find or make an experiment; returns its id."""
     if found := client.get_experiment_by_name(name):
+        if MLFLOW_RUN_NOTE not in found.tags:
+            client.set_experiment_tag(found.experiment_id, MLFLOW_RUN_NOTE, _NOTE)
         return str(found.experiment_id)
     try:
-        return str(client.create_experiment(name, tags=_TRAINING_PAGE))
+        return str(client.create_experiment(name, tags={**_TRAINING_PAGE, MLFLOW_RUN_NOTE: _NOTE}))
     except RestException:  # another job was faster
         found = client.get_experiment_by_name(name)
         if found is None:

@@ -149,3 +149,20 @@ def test_artifacts_are_replaced_and_read_back(mlflow_client: MlflowClient, digit
     tracking.log_files(run_id, "tables", {"a.md": b"second"})
     assert tracking.read_file(run_id, "tables", "a.md") == b"second"
     assert tracking.read_file(run_id, "tables", "b.bin") == b"\x00"
+
+
+def test_an_experiment_says_what_its_metrics_are(mlflow_client: MlflowClient, digits: Dataset) -> None:
+    mlflow_client.create_experiment("older")  # by whom did not write any note
+    for name in ("older", "newer"):
+        dataset = replace(digits, spec=replace(digits.spec, name=name))
+        tracking.start_run("run", dataset, {}, {})
+        found = mlflow_client.get_experiment_by_name(name)
+        assert found
+        note = found.tags["mlflow.note.content"]
+        row = next(
+            line for line in note.splitlines() if line.startswith("| efficiency/ms_per_sample_batch_64 ")
+        )
+        assert [cell.strip() for cell in row.split("|")][2:4] == ["ms", "lower"]
+        mlflow_client.set_experiment_tag(found.experiment_id, "mlflow.note.content", "mine")
+        tracking.start_run("run", dataset, {}, {})
+        assert mlflow_client.get_experiment(found.experiment_id).tags["mlflow.note.content"] == "mine"

@@ -5,6 +5,8 @@ What a likelihood is stands in its name, so that an exact value and a bound neve
 
 References:
     Burda et al. Importance Weighted Autoencoders. 2016. https://arxiv.org/abs/1509.00519
+    Burda et al. Accurate and Conservative Estimates of MRF Log-Likelihood using Reverse Annealing. 2015.
+        https://arxiv.org/abs/1412.8566
     Heusel et al. GANs Trained by a Two Time-Scale Update Rule. 2017. https://arxiv.org/abs/1706.08500
     Binkowski et al. Demystifying MMD GANs. 2018. https://arxiv.org/abs/1801.01401
     Kynkaanniemi et al. Improved Precision and Recall Metric. 2019. https://arxiv.org/abs/1904.06991
@@ -72,7 +74,7 @@ METRICS: Mapping[str, Metric] = {
         for kind, spoken in _SPOKEN.items()
     },
     "test/log_z_gap_nats": Metric(
-        "nats", "lower", "reverse less forward estimate of log Z: how far it may be off", "Burda 2015"
+        "nats", "lower", "upper less lower estimate of log Z: how far it may be off", "Burda 2015"
     ),
     "test/effective_sample_size": Metric("", "higher", "chains that count in the estimate of log Z"),
     "test/bayes_accuracy": Metric("", "higher", "share of test examples that Bayes' rule labels rightly"),
@@ -119,3 +121,12 @@ METRICS: Mapping[str, Metric] = {
     "efficiency/training_memory_mib": Metric("MiB", "lower", "what a training step keeps in memory"),
 }
 """Every metric by name; nothing else is compared."""
+
+
+def table() -> str:
+    """Write the table of metrics in Markdown, for people to read beside the figures."""
+    rows = [
+        f"| {name} | {each.unit} | {each.better} | {each.meaning} | {each.source} |"
+        for name, each in METRICS.items()
+    ]
+    return "\n".join(["| metric | unit | better | meaning | source |", "|---|---|---|---|---|", *rows])

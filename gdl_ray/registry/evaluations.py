@@ -5,6 +5,7 @@ protocols are; `metrics`, values by name, each standard error under its metric's
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -29,6 +30,8 @@ FOLDER = "evaluation"
 """Of the run's artifacts that an evaluation writes."""
 
 _PROTOCOL = f"{OWN}protocol"
+
+log = logging.getLogger(__name__)
 
 
 def run_of(name: str, version: int) -> RunFacts:
@@ -68,10 +71,22 @@ def _write(name: str, version: int, record: Mapping[str, Any], files: Mapping[st
     log_files(run.id, FOLDER, files)
     log_metrics(run.id, record["metrics"])
     _tag(name, version, record, before)
-    client = MlflowClient(tracking_uri())
-    described = card.with_numbers(look_up(name, version).description or "", card.numbers(record))
-    client.update_model_version(name, str(version), described)
+    _refresh_card(name, version, record)
     log_files(run.id, FOLDER, {_file(version): json.dumps(record, indent=2, sort_keys=True).encode()})
+
+
+def _refresh_card(name: str, version: int, record: Mapping[str, Any]) -> None:
+    text = card.with_numbers(look_up(name, version).description or "", card.evaluated(record))
+    if len(text) > card.LIMIT:  # people have written much on it
+        log.warning(
+            "the card of %s version %d stays: with the new numbers it has %d characters, and MLflow keeps %d",
+            name,
+            version,
+            len(text),
+            card.LIMIT,
+        )
+        return
+    MlflowClient(tracking_uri()).update_model_version(name, str(version), text)
 
 
 def _tag(name: str, version: int, record: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:

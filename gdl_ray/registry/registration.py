@@ -8,10 +8,12 @@ import mlflow
 from mlflow import MlflowClient
 
 from gdl_ray.families import key_of
+from gdl_ray.family import Family
+from gdl_ray.registry import card
 from gdl_ray.registry.model import log_version
 from gdl_ray.registry.promotion import move
 from gdl_ray.registry.versions import CHAMPION, describe, model_name
-from gdl_ray.tracking import PATIENCE_S, check, persist, tracking_uri
+from gdl_ray.tracking import PATIENCE_S, check, log_files, persist, run_facts, tracking_uri
 from gdl_ray.train import checkpoint
 
 
@@ -47,11 +49,26 @@ def register(run_id: str, directory: Path, promote: bool, scores: Mapping[str, f
     client = MlflowClient(tracking_uri())
     for key, value in scores.items():
         client.set_model_version_tag(name, str(version), key, repr(value))
+    _describe(name, version, family, run_id, scores, directory)
     champion = client.get_registered_model(name).aliases.get(CHAMPION)
     if promote or champion is None:
         move(name, CHAMPION, version, "as its training was asked to" if promote else "the first version")
         champion = version
     return _described(name, version, champion)
+
+
+def _describe(
+    name: str, version: int, family: Family, run_id: str, scores: Mapping[str, float], directory: Path
+) -> None:
+    """Write what people read on the pages of a version and its model, where nobody has written yet."""
+    client = MlflowClient(tracking_uri())
+    if not client.get_model_version(name, str(version)).description:
+        picture = (directory / checkpoint.SAMPLES_FILE).read_bytes()
+        log_files(run_id, *card.pictures(version, picture))
+        text = card.written(name, version, family, run_facts(run_id), scores)
+        client.update_model_version(name, str(version), text)
+    if not client.get_registered_model(name).description:
+        client.update_registered_model(name, card.of_model(name, family))
 
 
 def registered_by(run_id: str, name: str) -> tuple[Version, dict[str, float]] | None:

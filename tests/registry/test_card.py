@@ -1,6 +1,15 @@
 """The sections of a model card."""
 
+import re
+
+import pytest
+
+from gdl_ray.data import Dataset
+from gdl_ray.evaluate.metrics import METRICS, standard_error
+from gdl_ray.families import FAMILIES, build, preset
+from gdl_ray.family import Likelihood
 from gdl_ray.registry import card
+from gdl_ray.tracking import RunFacts
 
 RECORD = {
     "protocol": {"split": "test", "samples": {"count": 360}},
@@ -16,14 +25,14 @@ RECORD = {
 
 
 def test_numbers_stand_in_the_order_of_the_table_with_errors_and_units() -> None:
-    lines = card.numbers(RECORD).splitlines()
+    lines = card.evaluated(RECORD).splitlines()
     assert [line for line in lines if line.startswith("| ")][1:] == [
         "| test/bits_per_dim_lower_bound | 1.8421 ± 0.0051 bits/dim | lower |",
         "| samples/recall | 0.25 | higher |",
         "| efficiency/parameters | 123,456 | lower |",
         "| samples/novelty | 3.5 |  |",
     ]
-    assert "samples.count=360, split=test" in card.numbers(RECORD)
+    assert "samples.count=360, split=test" in card.evaluated(RECORD)
 
 
 def test_values_are_written_to_two_digits_of_their_error() -> None:
@@ -41,3 +50,31 @@ def test_new_numbers_leave_what_people_wrote() -> None:
     assert last == "# Mine\n\n## Numbers\n\n\\1 new\n"
     assert card.with_numbers(last, section) == last
     assert card.with_numbers("", section) == section
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_card_of_every_family_tells_what_it_cannot_and_fits_into_the_registry(
+    family: str, digits: Dataset
+) -> None:
+    model = build(family, preset(family, "digits").model, digits.spec)
+    splits = {name: len(split) for name, split in digits.splits.items()}
+    run = RunFacts("f" * 32, "a run", {}, {"git_commit": "c" * 40}, {}, digits.digest[:16], splits)
+    text = card.written(f"digits-{family}", 3, model, run, {"validation/bits_per_dim": 1.9})
+    kind = model.likelihood_kind if isinstance(model, Likelihood) else "none"
+    told = {
+        "exact": "are exact",
+        "lower_bound": "are lower",
+        "estimate": "are estimates",
+        "none": "has no likelihood",
+    }
+    assert [each for each, words in told.items() if words in text] == [kind]
+    assert f"{splits['train']:,} train, {splits['validation']:,} validation, 360 test examples" in text
+    assert "commit `cccccccccccc`" in text
+    assert f"v1/models/digits-{family}@3/sample" in text
+    assert not re.search(r"[{]\w*[}]", text)
+    everything = {
+        "protocol": {f"field-{i}": i for i in range(200)},
+        "protocol_digest": "a" * 12,
+        "metrics": dict.fromkeys(METRICS, 123.456) | {standard_error(name): 0.12 for name in METRICS},
+    }
+    assert len(card.with_numbers(text, card.evaluated(everything))) < card.LIMIT
