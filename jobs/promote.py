@@ -126,6 +126,8 @@ def _run(given: argparse.Namespace) -> int:
     if (given.rollback or given.history) and "@" in given.model:
         name = given.model.partition("@")[0]
         raise UsageError(f"{given.model}: --rollback and --history take a model's name alone, {name}")
+    if given.if_better:
+        promotion.direction(given.if_better)
     tracking.check()
     if given.rollback:
         return roll_back(given.model, given.to)

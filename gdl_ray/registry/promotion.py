@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from gdl_ray.evaluate.metrics import METRICS, standard_error
 from gdl_ray.registry.card import flat, spelled
-from gdl_ray.registry.versions import OWN, VersionNotFound, look_up
+from gdl_ray.registry.versions import OWN, VersionNotFound, look_up, registered
 from gdl_ray.tracking import ask, tracking_uri
 
 _MOVE = f"{OWN}move."
@@ -64,8 +64,13 @@ def newest(name: str) -> int:
     versions = ask(MlflowClient(tracking_uri()).search_model_versions, f"name='{name}'")
     found = max((int(each.version) for each in versions), default=0)
     if not found:
-        raise VersionNotFound(f"no model {name!r} is registered")
+        raise _unknown(name)
     return found
+
+
+def _unknown(name: str) -> VersionNotFound:
+    known = ", ".join(sorted(registered())) or "none yet"
+    return VersionNotFound(f"no model {name!r} is registered: choose from {known}")
 
 
 def alias_of(name: str, alias: str) -> int:
@@ -193,11 +198,8 @@ def compare(
     Raises:
         PromotionError: if the results do not compare.
     """
+    better = direction(metric)
     _check_protocols(current, candidate)
-    better = METRICS[metric].better if metric in METRICS else ""
-    if better not in ("higher", "lower"):
-        known = ", ".join(name for name, each in METRICS.items() if each.better != "neither")
-        raise PromotionError(f"--if-better {metric} is not known to be better one way: choose from {known}")
     old, old_error = _value(metric, current, "current")
     new, new_error = _value(metric, candidate, "new")
     gain = new - old if better == "higher" else old - new
@@ -208,6 +210,19 @@ def compare(
     if not error:
         need = "nothing, as neither has a standard error"
     return is_better, f"{values}: better by {gain:.3g}, and it must be by more than {need}", (old, new)
+
+
+def direction(metric: str) -> Literal["higher", "lower"]:
+    """Tell which of two values of a metric is better.
+
+    Raises:
+        PromotionError: if there is no such metric, or both of its ends are bad.
+    """
+    better = METRICS[metric].better if metric in METRICS else "neither"
+    if better == "neither":
+        known = ", ".join(name for name, each in METRICS.items() if each.better != "neither")
+        raise PromotionError(f"--if-better {metric} is not known to be better one way: choose from {known}")
+    return better
 
 
 def _check_protocols(current: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:
@@ -236,7 +251,7 @@ def _model(name: str) -> Any:
         return ask(MlflowClient(tracking_uri()).get_registered_model, name)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise VersionNotFound(f"no model {name!r} is registered") from error
+            raise _unknown(name) from error
         raise
 
 

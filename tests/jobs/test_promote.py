@@ -68,6 +68,7 @@ def test_the_better_version_is_promoted_and_the_other_is_not(
         ),
         (["refused", "--rollback", "--history"], "give one of them"),
         (["refused", "--if-better", METRIC, "--margin", "-1"], "--margin -1 must be 0 or more"),
+        (["refused", "--if-better", "samples/recal"], "--if-better samples/recal is not known to be better"),
         (["refused", "--if-better", METRIC], "refused@1 was never evaluated"),
         (["refused", "--to", "latest"], "--to latest: "),
     ],
