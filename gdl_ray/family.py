@@ -382,12 +382,32 @@ class Likelihood(ABC):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class LogZ:
+    """Estimates of the log of a normalizing constant, in nats; the truth lies most likely between them."""
+
+    forward: float
+    """By annealing from the base to the model: errs downwards."""
+    reverse: float
+    """By annealing draws of the model to the base: errs upwards, as far as they are the model's."""
+    effective: float
+    """How many equal weights the forward estimate is worth."""
+
+
 class Unnormalized(Likelihood):
     """A family whose log p(x) needs a constant that is estimated, once for given weights."""
 
     @abstractmethod
     def normalize(self) -> None:
         """Estimate the constant and keep it in a buffer, which is saved with the weights."""
+
+    @abstractmethod
+    def log_constant(self, x: Tensor) -> LogZ:
+        """Estimate the constant that likelihoods are given with from both sides.
+
+        Args:
+            x: draws of the model without labels, as in Batch.
+        """
 
 
 class Decoder(ABC):

@@ -106,10 +106,10 @@ def platform() -> Iterator[Platform]:
             shutil.rmtree(home)
 
 
-def start(platform: Platform, *arguments: str) -> "subprocess.Popen[str]":
+def start(platform: Platform, *arguments: str, job: str = "jobs.train") -> "subprocess.Popen[str]":
     """Run `ray job submit -- python -m jobs.train ...` as a user does."""
     ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.train", *arguments]
+    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "-m", job, *arguments]
     env = os.environ | {"RAY_ADDRESS": platform.urls["ray"]}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)

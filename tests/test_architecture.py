@@ -81,6 +81,7 @@ TESTED_ELSEWHERE = {
     "gdl_ray.train.task": "a record that jobs.train fills, in tests/test_end_to_end.py",
     "gdl_ray.train.clock": "tests/train/test_loop.py trains for a budget of seconds",
     "gdl_ray.train.snapshot": "tests/train/test_loop.py takes some while training goes on",
+    "jobs.evaluate": "needs Ray: tests/test_comparison.py runs it",
     "jobs.models": "tests/jobs/test_sample.py resolves what it names",
     "gdl_ray.train.validation": "tests/train/test_loop.py validates, and pictures what it saves",
     "infra.__main__": "tests/infra/test_local.py runs its verbs",

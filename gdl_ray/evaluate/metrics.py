@@ -94,6 +94,7 @@ METRICS: Mapping[str, Metric] = {
     "samples/copying_z": Metric(
         "", "neither", "data-copying test: far below 0 copies, far above underfits", "Meehan 2020"
     ),
+    "samples/memorised": Metric("", "lower", "1 where more samples are copies than chance explains, else 0"),
     "latent/probe_accuracy": Metric("", "higher", "accuracy of a linear classifier on latents"),
     "latent/pixel_probe_accuracy": Metric("", "higher", "the same on pixels, to compare with"),
     "latent/active_units": Metric("", "neither", "latent dimensions that depend on the data", "Burda 2016"),

@@ -42,6 +42,7 @@ from gdl_ray.family import (
     Density,
     Family,
     LikelihoodKind,
+    LogZ,
     Losses,
     Optimization,
     Option,
@@ -268,14 +269,16 @@ class Energy(Family, Unnormalized, Completion):
 
     @torch.no_grad()
     def reverse_log_z(self, z: Tensor, temperatures: int | None = None) -> tuple[float, float]:
-        """Estimate log Z by annealing draws of the model, (R, D), to the base; also the weights' worth.
-
-        It errs upwards and `normalize` downwards, if the draws are the model's (Grosse et al.).
-        """
+        """Estimate log Z by annealing draws of the model, (R, D), to the base; also the weights' worth."""
         key = fold(1, torch.arange(len(z), device=z.device))
         falling = self._betas(temperatures)[::-1]
         log_ratio, effective = log_mean(anneal(self.tilt, z, key, falling, self.config.move_size)[1])
         return -log_ratio.item(), effective.item()
+
+    def log_constant(self, x: Tensor) -> LogZ:
+        bits = uniform(fold(2, torch.arange(len(x), device=x.device)), (self.spec.dims,), _BITS)
+        reverse, _ = self.reverse_log_z(self._to_normal(x, bits)[0].detach())
+        return LogZ(self.log_z.item(), reverse, self.effective_chains.item())
 
     @torch.no_grad()
     def log_likelihood(self, batch: Batch, samples: int = 1) -> Tensor:
@@ -286,7 +289,7 @@ class Energy(Family, Unnormalized, Completion):
         for k in range(samples):
             z, log_base = self._to_normal(batch.x, uniform(batch.key, (self.spec.dims,), k))
             logits = self.logits(z)
-            labelled = (logits - self.log_class).gather(1, batch.y.clamp(min=0)[:, None]).squeeze(1)
+            labelled = (logits - self.log_class).gather(1, batch.y.clamp(min=0)[:, None])[:, 0]
             f = torch.where(batch.y == UNLABELLED, logits.logsumexp(1), labelled)
             nats.append(log_base + f - self.log_z)
         return torch.stack(nats).logsumexp(0) - math.log(samples)
@@ -333,9 +336,7 @@ class Energy(Family, Unnormalized, Completion):
         return torch.linspace(0, 1, (temperatures or self.config.temperatures) + 1).tolist()
 
 
-_METROPOLIS = Option(
-    default=1, least=0, most=1, meaning="1 tests each move, 0 makes it untested: rougher samples.", whole=True
-)
+_METROPOLIS = Option(default=1, least=0, most=1, meaning="0 tests no move: rougher samples.", whole=True)
 _STEPS = Option(default=300, least=10, most=10_000, meaning="Moves from noise to a sample.", whole=True)
 
 

@@ -19,6 +19,7 @@ from gdl_ray.registry.versions import (
     exists,
     fetch,
     model_name,
+    page,
     registered,
 )
 from gdl_ray.tracking import RegistryUnavailable, RunFacts, history
@@ -44,6 +45,7 @@ __all__ = [
     "history",
     "hook",
     "model_name",
+    "page",
     "read_evaluation",
     "register",
     "register_classifier",

@@ -12,7 +12,7 @@ from gdl_ray.family import Family
 from gdl_ray.registry import card
 from gdl_ray.registry.model import log_version
 from gdl_ray.registry.promotion import move
-from gdl_ray.registry.versions import CHAMPION, describe, model_name
+from gdl_ray.registry.versions import CHAMPION, describe, model_name, page
 from gdl_ray.tracking import PATIENCE_S, check, log_files, persist, run_facts, tracking_uri
 from gdl_ray.train import checkpoint
 
@@ -86,4 +86,4 @@ def _version_of(run_id: str, name: str) -> int | None:
 
 
 def _described(name: str, version: int, champion: int | str) -> Version:
-    return Version(name, version, int(champion), f"{tracking_uri()}/#/models/{name}/versions/{version}")
+    return Version(name, version, int(champion), page(name, version))

@@ -49,6 +49,11 @@ class Registered:
     """Its newest version; 0 if it has none."""
 
 
+def page(name: str, version: int) -> str:
+    """Tell the address of a version's page in MLflow."""
+    return f"{tracking_uri()}/#/models/{name}/versions/{version}"
+
+
 def registered() -> dict[str, Registered]:
     """List the registered generative models by name.
 

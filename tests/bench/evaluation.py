@@ -2,8 +2,8 @@
 
     python tests/bench/evaluation.py [--samples 10000]
 
-MNIST's files are looked for in the home's `data/raw/mnist`. The samples are the validation images, and then the
-same again, moved by a pixel. The classifier is fitted once for a dataset, and its time is told apart.
+MNIST's files are looked for in the home's `data/raw/mnist`. Samples are the validation images, and then the
+same again, moved by a pixel. The classifier is fitted once for a dataset; its time is told apart.
 """
 
 import argparse

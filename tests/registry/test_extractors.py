@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from gdl_ray import registry, tracking
 from gdl_ray.data import Dataset
 from gdl_ray.evaluate.classifier import Classifier
+from jobs.models import resolve
 from jobs.options import UsageError
-from jobs.sample import resolve
 
 pytestmark = pytest.mark.slow
 
