@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import Queue
 from threading import Thread
 from typing import Any
+from urllib.parse import urlencode
 
 # MLflow's own retries last minutes; who calls here knows better how long to wait.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -149,6 +150,17 @@ def resume_run(run_id: str) -> str | None:
 
 def _page(experiment: str, run_id: str) -> str:
     return f"{tracking_uri()}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def comparison_page(run_ids: Sequence[str]) -> str:
+    """Tell the address of MLflow's page that lays runs of one experiment side by side.
+
+    Raises:
+        RegistryUnavailable: if the server does not answer.
+    """
+    experiment = ask(MlflowClient(tracking_uri()).get_run, run_ids[0]).info.experiment_id
+    query = urlencode({"runs": json.dumps(list(run_ids)), "experiments": json.dumps([experiment])})
+    return f"{tracking_uri()}/#/compare-runs?{query}"
 
 
 def _experiment(client: MlflowClient, name: str) -> str:

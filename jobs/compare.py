@@ -179,7 +179,8 @@ def run(comparison: Comparison) -> int:
     print(f"\n{text(entries)}\n", flush=True)
     for line in picks(entries):
         print(f"jobs.compare: {line}")
-    print(f"  {address}/artifacts", flush=True)
+    print(f"  the page, with the picture: {address}/artifacts/comparison.html")
+    print(f"  side by side: {tracking.comparison_page([each.id for each in measured])}", flush=True)
     return failed
 
 

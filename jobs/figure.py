@@ -10,14 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from gdl_ray.evaluate.metrics import bits_per_dim
+from gdl_ray.family import LikelihoodKind
 from jobs.report import Entry
-
-KINDS = ("exact", "lower_bound", "estimate")
-"""Of likelihoods, each with a mark of its own."""
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-_MARKS = {"exact": "o", "lower_bound": "v", "estimate": "s", "": "o"}
+_MARKS = {LikelihoodKind.EXACT: "o", LikelihoodKind.LOWER_BOUND: "v", LikelihoodKind.ESTIMATE: "s"}
 _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
 
@@ -30,7 +29,7 @@ def picture(title: str, entries: Sequence[Entry]) -> bytes:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(13, 4.2 + 1.9 * grid_rows), layout="constrained", dpi=110)
         figure.suptitle(title)
-        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=[4.0, 1.9 * grid_rows]))
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[4.0, 1.9 * grid_rows]).flat
         quality, likelihood, curves = above.subplots(1, 3)
         _draw_quality(quality, entries, colours)
         _draw_likelihood(likelihood, families, colours)
@@ -79,12 +78,12 @@ def _draw_likelihood(axes: Axes, families: Sequence[Entry], colours: Mapping[str
     """Set bits/dim, of each kind with its mark, against the distance of samples."""
     for entry in families:
         distance = entry.mean("samples/frechet_distance")
-        for kind in KINDS:
-            bits = entry.mean(f"test/bits_per_dim_{kind}")
+        for kind, mark in _MARKS.items():
+            bits = entry.mean(bits_per_dim(kind, tight=True))
             if bits is not None and distance is not None:
-                _mark(axes, entry, bits, distance, _MARKS[kind], colours)
-    for kind in KINDS:
-        axes.plot([], [], _MARKS[kind], color="0.4", label=kind.replace("_", " "))
+                _mark(axes, entry, bits, distance, mark, colours)
+    for kind, mark in _MARKS.items():
+        axes.plot([], [], mark, color="0.4", label=kind.replace("_", " "))
     axes.legend(frameon=False, title="bits/dim are")
     axes.set(
         yscale="log",

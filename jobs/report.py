@@ -70,8 +70,8 @@ SECTIONS = (
             "samples/recall": "recall",
             "samples/class_coverage": "classes",
             "test/bits_per_dim_exact": "bits/dim exact",
-            "test/bits_per_dim_lower_bound": "bits/dim bound",
-            "test/bits_per_dim_estimate": "bits/dim estimate",
+            "test/bits_per_dim_lower_bound_tight": "bits/dim bound",
+            "test/bits_per_dim_estimate_tight": "bits/dim estimate",
         },
     ),
     Section(

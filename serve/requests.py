@@ -25,7 +25,7 @@ MAX_DRAWS = 65_536
 """Most examples times Monte-Carlo samples of one request, and times classes where it asks for them all."""
 MAX_SEED = 2**53 - 1
 """Largest integer that every JSON reader holds exactly."""
-MAX_TIMEOUT_S = 600.0
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 600.0
 MAX_FIELDS = 50
 SAMPLE_BODY_BYTES = 2**20
 EXAMPLES_BODY_BYTES = 2**24
@@ -44,7 +44,10 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     timeout_s: float = Field(
-        default=60.0, gt=0, le=MAX_TIMEOUT_S, description="Longest wait for the answer; after it, 504."
+        default=60.0,
+        ge=MIN_TIMEOUT_S,
+        le=MAX_TIMEOUT_S,
+        description="Longest wait for the answer; after it, 504.",
     )
 
     @model_validator(mode="before")

@@ -40,14 +40,24 @@ class Metric:
     """Whether the same model has the same value again: a measured time has not."""
 
 
-def bits_per_dim(kind: LikelihoodKind) -> str:
-    """Name the bits per dimension of test data by what the likelihood is."""
-    return f"test/bits_per_dim_{kind}"
+def bits_per_dim(kind: LikelihoodKind, tight: bool = False) -> str:
+    """Name the bits per dimension of test data by what the likelihood is.
+
+    Args:
+        kind: of the likelihood.
+        tight: whether a model's `tight_samples` were drawn, as an evaluation does, and not the few that
+            training can afford: bounds and estimates of both have names of their own.
+    """
+    return f"test/bits_per_dim_{_spelled(kind, tight)}"
 
 
-def nats(kind: LikelihoodKind) -> str:
-    """Name the log-likelihood of test data, in nats an example, by what it is."""
-    return f"test/nats_{kind}"
+def nats(kind: LikelihoodKind, tight: bool = False) -> str:
+    """Name the log-likelihood of test data, in nats an example; arguments as in `bits_per_dim`."""
+    return f"test/nats_{_spelled(kind, tight)}"
+
+
+def _spelled(kind: LikelihoodKind, tight: bool) -> str:
+    return f"{kind}_tight" if tight and kind != LikelihoodKind.EXACT else kind
 
 
 def standard_error(name: str) -> str:
@@ -64,14 +74,20 @@ _SPOKEN = {
     LikelihoodKind.ESTIMATE: "by an estimate of the likelihood",
 }
 
+_DRAWS = {False: "", True: " with many draws"}
+
 METRICS: Mapping[str, Metric] = {
     **{
-        bits_per_dim(kind): Metric("bits/dim", "lower", f"code length of test data, {spoken}")
+        bits_per_dim(kind, tight): Metric("bits/dim", "lower", f"code length of test data, {spoken}{draws}")
+        for tight, draws in _DRAWS.items()
         for kind, spoken in _SPOKEN.items()
+        if not (tight and kind == LikelihoodKind.EXACT)
     },
     **{
-        nats(kind): Metric("nats", "higher", f"mean log-likelihood of a test example, {spoken}")
+        nats(kind, tight): Metric("nats", "higher", f"mean log-likelihood of a test example, {spoken}{draws}")
+        for tight, draws in _DRAWS.items()
         for kind, spoken in _SPOKEN.items()
+        if not (tight and kind == LikelihoodKind.EXACT)
     },
     "test/log_z_gap_nats": Metric(
         "nats", "lower", "upper less lower estimate of log Z: how far it may be off", "Burda 2015"

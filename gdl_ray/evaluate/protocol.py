@@ -22,6 +22,7 @@ from gdl_ray.evaluate.efficiency import parameters, sampling_speed, training_mem
 from gdl_ray.evaluate.fidelity import frechet_distance, kernel_distance, label_agreement, neighbours
 from gdl_ray.evaluate.interpret import active_units, class_coverage, linear_probe, smoothness
 from gdl_ray.evaluate.memory import memorisation, nearest
+from gdl_ray.evaluate.metrics import bits_per_dim, nats, standard_error
 from gdl_ray.family import Batch, Family, Latent, Likelihood, Unnormalized, draw
 
 MOST_EXAMPLES = 10_000
@@ -277,7 +278,7 @@ def summarize(subject: Subject, found: Findings) -> dict[str, float]:
     metrics = sample_metrics(subject, found["samples"]) | _cost_metrics(subject, found)
     metrics["samples/class_coverage"] = class_coverage(free, subject.dataset.spec.classes)
     if isinstance(subject.model, Likelihood):
-        metrics |= _likelihood_metrics(subject, found)
+        metrics |= _likelihood_metrics(subject.model, subject, found)
     if "log_z_gap" in found:
         metrics["test/log_z_gap_nats"] = found["log_z_gap"].item()
         metrics["test/effective_sample_size"] = found["effective"].item()
@@ -286,17 +287,18 @@ def summarize(subject: Subject, found: Findings) -> dict[str, float]:
     return metrics
 
 
-def _likelihood_metrics(subject: Subject, found: Findings) -> dict[str, float]:
-    kind, spec = subject.protocol.likelihood, subject.dataset.spec
-    nats, error = _mean(found["nats"])
+def _likelihood_metrics(model: Likelihood, subject: Subject, found: Findings) -> dict[str, float]:
+    spec = subject.dataset.spec
+    in_nats, in_bits = (name(model.likelihood_kind, tight=True) for name in (nats, bits_per_dim))
+    mean, error = _mean(found["nats"])
     accuracy, accuracy_error = _mean(found["bayes_right"])
     return {
-        f"test/nats_{kind}": nats,
-        f"test/nats_{kind}_standard_error": error,
-        f"test/bits_per_dim_{kind}": -spec.bits_per_dim(nats),
-        f"test/bits_per_dim_{kind}_standard_error": spec.bits_per_dim(error),
+        in_nats: mean,
+        standard_error(in_nats): error,
+        in_bits: -spec.bits_per_dim(mean),
+        standard_error(in_bits): spec.bits_per_dim(error),
         "test/bayes_accuracy": accuracy,
-        "test/bayes_accuracy_standard_error": accuracy_error,
+        standard_error("test/bayes_accuracy"): accuracy_error,
     }
 
 
@@ -323,7 +325,7 @@ def sample_metrics(subject: Subject, x: Tensor) -> dict[str, float]:
     return {
         "samples/frechet_distance": frechet_distance(features, sampled),
         "samples/kernel_distance": distance,
-        "samples/kernel_distance_standard_error": error,
+        standard_error("samples/kernel_distance"): error,
         "samples/precision": near.precision,
         "samples/recall": near.recall,
         "samples/density": near.density,

@@ -118,7 +118,7 @@ def test_each_sample_can_be_made_again_by_its_seed(serve_family: Any, explicit: 
         ({"labels": [1, 10]}, "from 0 to 9"),
         ({"seeds": []}, "at least 1"),
         ({"seeds": [2**53]}, "less than or equal"),
-        ({"timeout_s": 0}, "greater than 0"),
+        ({"timeout_s": 0}, "greater than or equal to 0.1"),
         ({"timeout_s": 601}, "less than or equal to 600"),
         ({"stream": 1}, "boolean"),
     ],
