@@ -51,8 +51,10 @@ def test_every_family_is_measured_by_what_it_can_do_under_known_names(family: st
     metrics = figures(one)
     assert {name.removesuffix(STANDARD_ERROR) for name in metrics} <= METRICS.keys()
     kinds = {name for name in metrics if name.startswith("test/bits_per_dim") and STANDARD_ERROR not in name}
-    is_likelihood = isinstance(one.model, Likelihood)
-    assert kinds == ({bits_per_dim(one.model.likelihood_kind, tight=True)} if is_likelihood else set())
+    model = one.model
+    assert kinds == (
+        {bits_per_dim(model.likelihood_kind, tight=True)} if isinstance(model, Likelihood) else set()
+    )
     assert ("latent/probe_accuracy" in metrics) == isinstance(one.model, Latent)
     assert ("test/log_z_gap_nats" in metrics) == isinstance(one.model, Unnormalized)
 
