@@ -5,10 +5,10 @@
     python -m infra doctor gs://bucket/runs
     python -m infra doctor /mnt/shared/runs
 
-It does what training does, by the same library: writes small and large files and a tree of folders in a folder
-of its own, reads them back, compares sha256 sums, lists and deletes them. Nothing of it stays. Where a server
-understands S3 as it was before Amazon's clients began to send checksums behind the content, it finds out, and
-names the setting.
+It does what training does, by the same library: writes small and large files and a tree of folders in a
+folder of its own, reads them back, compares sha256 sums, lists and deletes them. Nothing of it stays. Where a
+server understands S3 as it was before Amazon's clients began to send checksums behind the content, it finds
+out, and names the setting.
 """
 
 import argparse
@@ -56,8 +56,8 @@ _CURES = (
         ("ACCESS_DENIED", "AccessDenied", "403", "Permission denied", "Anonymous caller"),
         "it is not allowed",
         "allow to read, write, list and delete here: s3:GetObject, s3:PutObject, s3:DeleteObject, "
-        "s3:AbortMultipartUpload and s3:ListBucket on AWS, roles/storage.objectAdmin on Google Cloud, rwx for a "
-        "folder",
+        "s3:AbortMultipartUpload and s3:ListBucket on AWS, roles/storage.objectAdmin on Google Cloud, rwx "
+        "for a folder",
     ),
     (
         ("NETWORK_CONNECTION", "Could not connect", "Couldn't resolve", "timed out"),

@@ -1,0 +1,7 @@
+"""`python -m infra.docker`."""
+
+import sys
+
+from infra.docker import main
+
+sys.exit(main())
