@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import mlflow.environment_variables
 import pytest
 import ray.scripts.scripts
 import ray.serve.scripts
 import yaml
-from check_jsonschema.builtin_schemas import get_builtin_schema
+from check_jsonschema.builtin_schemas import get_builtin_schema  # type: ignore[import-untyped]
 from cryptography.fernet import Fernet
 from mlflow.cli import cli as mlflow_cli
 from ray.serve._private import constants

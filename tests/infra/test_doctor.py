@@ -182,16 +182,22 @@ def forbids(app: Application, environ: dict[str, Any], start: Callable[..., Any]
     return [b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"]
 
 
-@pytest.mark.parametrize("place", ["runs", "runs/deep/below"])
-def test_a_good_server_is_fit_and_nothing_stays(server: Server, place: str) -> None:
+def test_a_good_server_is_fit_and_nothing_stays(server: Server) -> None:
     server.client.put_object(Bucket="runs", Key="of-others", Body=b"stays")
-    report = check(server.address(place))
+    report = check(server.address("runs/deep/below"))
     assert report.ok, report.text()
     assert [step.name for step in report.steps] == ALL
     assert server.list() == ["of-others"]
     assert not server.client.list_multipart_uploads(Bucket="runs").get("Uploads")
 
 
+@pytest.mark.usefixtures("small")
+def test_a_whole_bucket_is_fit_and_nothing_stays(server: Server) -> None:
+    assert check(server.address("runs")).ok
+    assert server.list() == []
+
+
+@pytest.mark.usefixtures("small")
 def test_what_is_there_already_stays(server: Server) -> None:
     server.client.put_object(Bucket="runs", Key="deep/run.json", Body=b"{}")
     assert check(server.address("runs/deep")).ok

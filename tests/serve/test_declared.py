@@ -13,7 +13,8 @@ from serve import declared, replica
 def built(**args: Any) -> BuiltApplication:
     """Build the application as Serve does when it is given the file."""
     given = {"url": "http://gdl-ray:8000", **args}
-    target = call_user_app_builder_with_args_if_necessary(declared.application, given)
+    builder: Any = declared.application
+    target = call_user_app_builder_with_args_if_necessary(builder, given)
     return build_app(target, name=replica.APPLICATION)
 
 
