@@ -136,20 +136,18 @@ def the_job_fits(documents: list[Document]) -> Iterator[str]:
             yield "the cluster is given up before the job gives up waiting"
 
 
-def unknown_keys(given: Document, *known: set[str]) -> set[str]:
-    return given.keys() - set().union(*known)
-
-
 def serve_takes_it(documents: list[Document]) -> Iterator[str]:
     """By Serve's schema, which lets unknown names pass, and by building what the file names."""
     for document in of_kind(documents, "RayService"):
         config = yaml.safe_load(document["spec"]["serveConfigV2"])
-        for given, model in [
-            (config, ServeDeploySchema),
-            *((application, ServeApplicationSchema) for application in config["applications"]),
-            *((each, DeploymentSchema) for a in config["applications"] for each in a.get("deployments", [])),
-        ]:
-            for name in unknown_keys(given, set(model.model_fields)):
+        deployments = [each for given in config["applications"] for each in given.get("deployments", [])]
+        schemas: list[tuple[Any, list[Document]]] = [
+            (ServeDeploySchema, [config]),
+            (ServeApplicationSchema, config["applications"]),
+            (DeploymentSchema, deployments),
+        ]
+        for model, parts in schemas:
+            for name in {name for part in parts for name in part} - set(model.model_fields):
                 yield f"Serve knows no {name}"
         try:
             ServeDeploySchema.model_validate(config)
