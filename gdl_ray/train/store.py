@@ -193,9 +193,21 @@ class Store:
         with tempfile.TemporaryDirectory(prefix="gdl-ray-") as scratch:
             folder = Path(scratch) / name
             snapshot.write(folder)
+            self._mark(folder, name)
             files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
             for path in [*files, folder / MANIFEST]:
                 self._upload(path, f"{name}/{path.relative_to(folder).as_posix()}")
+
+    def _mark(self, folder: Path, name: str) -> None:
+        """Make the folders of a checkpoint on Google Cloud, which lists none but those that were made."""
+        if not isinstance(self._fs, fs.GcsFileSystem):
+            return
+        names = [name, *(f"{name}/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_dir())]
+        try:
+            for each in names:
+                self._fs.create_dir(self.path(each))
+        except ValueError as error:  # there is no bucket, and pyarrow cannot make one
+            raise OSError(f"{self.address}: {error}") from error
 
     def _upload(self, source: Path, name: str) -> None:
         with source.open("rb") as file, self._fs.open_output_stream(self.path(name)) as stream:
