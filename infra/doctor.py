@@ -34,6 +34,7 @@ SETTING = f"{CHECKSUMS}=when_required"
 
 _LARGE_BYTES = 11 * 2**20  # above the 10 MB from which pyarrow uploads in several parts
 _TREE = {"top": 1000, "checkpoint/model": 2000, "checkpoint/resume/state": 3000}  # bytes of each file
+_GCS_RETRY_S = 10  # else pyarrow tries for a quarter of an hour
 
 # What errors say, what is wrong then and what helps; the first that fits is told.
 _CURES = (
@@ -53,6 +54,11 @@ _CURES = (
         "correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     ),
     (
+        ("OAuth2 access token",),
+        "there are no credentials for Google Cloud",
+        "log in by `gcloud auth application-default login`, or run where a service account is given",
+    ),
+    (
         ("ACCESS_DENIED", "AccessDenied", "403", "Permission denied", "Anonymous caller"),
         "it is not allowed",
         "allow to read, write, list and delete here: s3:GetObject, s3:PutObject, s3:DeleteObject, "
@@ -60,7 +66,12 @@ _CURES = (
         "for a folder",
     ),
     (
-        ("NETWORK_CONNECTION", "Could not connect", "Couldn't resolve", "timed out"),
+        ("CreateBucket", "retry.function=CreateResumableUpload, gcloud-cpp.retry.reason=permanent-error"),
+        "there is no bucket of this name",
+        "make it, or correct the name",
+    ),
+    (
+        ("NETWORK_CONNECTION", "Could not connect", "resolve host", "CURL error [7]", "timed out"),
         "no server answers",
         "correct endpoint_override=HOST:PORT and scheme=http or https after the address, and see it run",
     ),
@@ -158,7 +169,7 @@ def _take(name: str, act: Callable[[], None]) -> Step:
     begin = time.monotonic()
     try:
         act()
-    except (OSError, UnfitError) as error:
+    except (OSError, ValueError, UnfitError) as error:
         return _failed(name, begin, error)
     return Step(name, time.monotonic() - begin, True)
 
@@ -169,7 +180,7 @@ def _failed(name: str, begin: float, error: Exception) -> Step:
     if isinstance(error, UnfitError):
         cause, cure = f"{said}: {_SUSPECT[0]}", _SUSPECT[1]
     for signs, meaning, remedy in _CURES:
-        if isinstance(error, OSError) and any(sign in said for sign in signs):
+        if not isinstance(error, UnfitError) and any(sign in said for sign in signs):
             cause, cure = f"{meaning} ({said})", remedy
             break
     return Step(name, time.monotonic() - begin, False, cause, cure)
@@ -186,7 +197,7 @@ class _Place:
     def __init__(self, address: str) -> None:
         local = "" if "://" in address else f"{Path(address).expanduser().absolute()}"
         try:
-            self._fs, root = fs.FileSystem.from_uri(local or address)
+            self._fs, root = fs.FileSystem.from_uri(local or _impatient(address))
         except ValueError as error:
             raise ValueError(f"{address}: {error}") from error
         self._folder = f"{root.rstrip('/')}/gdl-ray-doctor-{uuid.uuid4().hex}"
@@ -213,18 +224,26 @@ class _Place:
         Raises:
             UnfitError: something stays.
         """
-        if self._is_folder(self._folder):
-            self._fs.delete_dir(self._folder)
+        self._delete(self._folder)
         if left := self._found(self._folder):
             raise UnfitError(f"{len(left)} files are there after they were deleted, below {self._folder}")
         for parent in self._new:
             if self._is_folder(parent) and not self._fs.get_file_info(fs.FileSelector(parent)):
-                self._fs.delete_dir(parent)
+                self._delete(parent)
+
+    def _delete(self, folder: str) -> None:
+        if not self._is_folder(folder):
+            return
+        try:
+            self._fs.delete_dir(folder)
+        except OSError:
+            if self._is_folder(folder):  # else nothing is wrong: Google Cloud has no folders to delete
+                raise
 
     def _write(self, name: str, count: int) -> None:
         content = _content(name, count)
         path = f"{self._folder}/{name}"
-        if isinstance(self._fs, fs.LocalFileSystem):  # a bucket needs no folders, and keeps a mark of each
+        if not isinstance(self._fs, fs.S3FileSystem):  # which needs no folders, and keeps a mark of each
             self._fs.create_dir(path.rpartition("/")[0])
         with self._fs.open_output_stream(path) as stream:
             stream.write(content)
@@ -256,6 +275,9 @@ class _Place:
                 _compare(name, got, self._written[f"tree/{name}"])
 
     def _list(self) -> None:
+        names = {info.base_name for info in self._fs.get_file_info(fs.FileSelector(self._folder))}
+        if "tree" not in names:
+            raise UnfitError(f"the list of {self._folder} lacks its folder")
         found = self._found(self._folder)
         expected = {f"{self._folder}/{name}": len(content) for name, content in self._written.items()}
         for path, size in expected.items():
@@ -274,6 +296,13 @@ class _Place:
 
     def _is_folder(self, path: str) -> bool:
         return bool(self._fs.get_file_info(path).type == fs.FileType.Directory)
+
+
+def _impatient(address: str) -> str:
+    """Let an address of Google's give up soon where it does not say when."""
+    if not address.startswith("gs://") or "retry_limit_seconds" in address:
+        return address
+    return f"{address}{'&' if '?' in address else '?'}retry_limit_seconds={_GCS_RETRY_S}"
 
 
 def _content(name: str, count: int) -> bytes:

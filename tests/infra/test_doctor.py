@@ -274,6 +274,14 @@ def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert "secret" not in report.text()
 
 
+def test_google_is_not_waited_for_a_quarter_of_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_GCS_RETRY_S", 1)
+    report = check("gs://anonymous@runs/x?scheme=http&endpoint_override=127.0.0.1:1")
+    assert failed(report) == ["open"]
+    assert "no server answers" in report.text()
+    assert "retry_limit_seconds" not in report.address
+
+
 def test_the_command_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
