@@ -351,6 +351,17 @@ def test_secrets_are_made_once_for_their_owner_alone(
     assert {name for name in made if made[name] != again[name]} == {"ray-token"}
 
 
+@pytest.mark.parametrize("name", ["docker/README.md", "k8s/README.md"])
+def test_what_readers_are_told_to_type_exists(name: str) -> None:
+    text = (ROOT / "infra" / name).read_text()
+    modules = re.findall(r"python -m ([a-z_.]+[a-z_])", text)
+    files = re.findall(r"(?:-f |-k |`)((?:infra|tests|overlays|base)/[\w/.-]+)", text)
+    assert modules
+    assert files
+    assert all(find_spec(module) for module in modules)
+    assert all((ROOT / file).exists() or (ROOT / "infra/k8s" / file).exists() for file in files), files
+
+
 def run_entrypoint(folder: Path, user: str, *command: str) -> "subprocess.CompletedProcess[str]":
     """Run the images' entry point, for a user of this number; what becomes of root is told, not done."""
     stubs = folder / "bin"
@@ -383,8 +394,6 @@ def test_root_becomes_another_user(tmp_path: Path) -> None:
 
 
 def test_a_secret_that_is_missing_is_told(tmp_path: Path) -> None:
-    (tmp_path / "password").symlink_to("nowhere")
-    (tmp_path / "password").unlink()
     env = {"PATH": os.defpath, "SECRETS_FOLDER": str(tmp_path), "RAY_AUTH_TOKEN_FILE": f"{tmp_path}/token"}
     command = ("sh", str(FOLDER / "entrypoint.sh"), "env")
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
