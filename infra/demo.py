@@ -45,9 +45,10 @@ def _demo() -> None:
     os.chdir(local.PROJECT)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     _say("python -m infra up")
-    urls = local.up(local.home_dir()).urls
-    _say(f"export RAY_ADDRESS={urls['ray']}")
-    os.environ["RAY_ADDRESS"] = urls["ray"]
+    platform = local.up(local.home_dir())
+    urls = platform.urls
+    _say(f". {platform.shell_file}" if platform.shell_file else f"export RAY_ADDRESS={urls['ray']}")
+    os.environ |= platform.client_environment
     _run(shlex.split(TRAIN), "the training job failed; its output is above, and in the Ray dashboard")
     model_url = f"{urls['serve']}/v1/models/{MODEL}"
     _wait_for(model_url)

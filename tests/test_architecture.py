@@ -86,6 +86,7 @@ TESTED_ELSEWHERE = {
     "gdl_ray.train.validation": "tests/train/test_loop.py validates, and pictures what it saves",
     "infra.haproxy": "tests/infra/test_docker.py makes its program, tests/infra/test_local.py runs it",
     "infra.__main__": "tests/infra/test_local.py runs its verbs",
+    "infra.errors": "tests/infra/test_local.py and tests/infra/test_backup.py provoke them",
     "serve.directory": "tests/serve/test_shelf.py resolves names by it",
     "serve.encoding": "tests/serve/test_app.py reads what it writes",
     "serve.model": "tests/serve/test_app.py asks for all that it can",

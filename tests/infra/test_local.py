@@ -1,9 +1,6 @@
 """The local platform: real processes, on free ports, in a folder of the test's own."""
 
-import base64
-import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -15,7 +12,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +21,8 @@ import pytest
 from gdl_ray.home import home as home_of_jobs
 from infra import __main__ as command
 from infra import local
-from infra.processes import Process, end, is_alive, spawn, tree
-from tests.conftest import free_port
+from infra.processes import end, is_alive, spawn, tree
+from tests.infra.test_haproxy import check_haproxy, listening
 
 
 @pytest.fixture
@@ -56,17 +52,6 @@ def test_the_home_is_the_same_to_the_platform_and_to_jobs(
     monkeypatch.setenv("GDL_RAY_HOME", value)
     expected = {"/data/gdl": Path("/data/gdl"), "~/gdl": Path("/home/of-user/gdl"), "gdl": tmp_path / "gdl"}
     assert local.home_dir() == home_of_jobs() == expected[value]
-
-
-def test_mlflow_keeps_the_key_of_its_hooks_to_itself(tmp_path: Path) -> None:
-    first, again = local.mlflow_settings(tmp_path), local.mlflow_settings(tmp_path)
-    assert first == again  # what a former server has encrypted, a later one can read
-    key = first["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"]
-    assert len(base64.urlsafe_b64decode(key)) == 32
-    (tmp_path / "other").mkdir()
-    assert local.mlflow_settings(tmp_path / "other")["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"] != key
-    (file,) = (path for path in tmp_path.iterdir() if path.is_file())
-    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_an_empty_home_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,113 +97,6 @@ def test_status_of_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GDL_RAY_HOME", str(home))
     assert command.main(["status"]) == 1
     assert command.main(["down"]) == 0
-
-
-def listening(processes: list[psutil.Process]) -> set[tuple[str, str, int]]:
-    """Name of the process, address and port of every listening socket."""
-    found = set()
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):  # Ray's idle workers come and go
-            for connection in process.net_connections("inet"):
-                if connection.status == psutil.CONN_LISTEN:
-                    address, port = connection.laddr
-                    found.add((process.name(), address.removeprefix("::ffff:"), port))
-    return found
-
-
-AS_RAY_WRITES_IT = """\
-global
-    maxconn 10
-defaults
-    mode http
-    timeout connect 5s
-    timeout client 60s
-    timeout server 660s
-    errorfile 503 /tmp/nowhere/500.http
-frontend http_frontend
-    bind 127.0.0.1:{front}
-    default_backend toys
-backend toys
-    server toy 127.0.0.1:{back}
-listen stats
-  bind *:{stats}
-  stats enable
-frontend prometheus
-    bind :{metrics}
-"""
-
-
-@pytest.fixture
-def haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Process, dict[str, int]]]:
-    """HAProxy as the platform starts it, before a server that is down, and its ports."""
-    monkeypatch.setattr(local, "_temp_dir", lambda home: tmp_path)
-    ports = {name: free_port() for name in ("front", "back", "stats", "metrics", *local.OTHER_PORTS)}
-    settings = local._haproxy(local.Platform(tmp_path, ports))
-    config = Path(settings["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"])
-    config.write_text(AS_RAY_WRITES_IT.format(**ports))
-    command = [settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)]
-    process = spawn(command, tmp_path / "log", os.environ, tmp_path)
-    while not any("haproxy" in name for name, _, _ in listening(tree(process))):
-        assert is_alive(process), (tmp_path / "log").read_text()
-        time.sleep(0.05)
-    yield process, ports
-    end(process)
-
-
-def test_haproxy_listens_on_loopback_alone(haproxy: tuple[Process, dict[str, int]]) -> None:
-    process, ports = haproxy
-    sockets = {(address, port) for _, address, port in listening(tree(process))}
-    assert sockets == {("127.0.0.1", ports[name]) for name in ("front", "stats", "metrics")}
-
-
-def test_haproxy_says_in_a_problem_document_that_no_replica_is_up(
-    haproxy: tuple[Process, dict[str, int]],
-) -> None:
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(f"http://127.0.0.1:{haproxy[1]['front']}/v1/models")
-    answer = caught.value
-    assert (answer.code, answer.headers["Retry-After"]) == (503, "5")
-    assert answer.headers["Content-Type"] == "application/problem+json"
-    document = json.loads(answer.read())
-    assert (document["status"], document["type"]) == (503, "urn:gdl-ray:problem:no-replica")
-
-
-@pytest.mark.slow
-def test_haproxy_waits_ten_seconds_for_a_slow_client(haproxy: tuple[Process, dict[str, int]]) -> None:
-    head = b"POST / HTTP/1.1\r\nHost: toy\r\n"
-    with (
-        socket.create_connection(("127.0.0.1", haproxy[1]["front"]), timeout=20) as slow_head,
-        socket.create_connection(("127.0.0.1", haproxy[1]["front"]), timeout=20) as slow_body,
-    ):
-        begin = time.monotonic()
-        slow_head.sendall(head)
-        slow_body.sendall(head + b"Content-Length: 1000\r\n\r\n")
-        for _ in range(8):  # a byte a second is no silence
-            time.sleep(1)
-            slow_head.sendall(b"x")
-            slow_body.sendall(b"x")
-        for client in (slow_head, slow_body):
-            assert client.recv(1000).startswith(b"HTTP/1.1 408")
-            assert 9 < time.monotonic() - begin < 15
-
-
-def check_haproxy(temp: Path) -> None:
-    """Find the platform's settings in the configuration that Ray has written."""
-    (file,) = temp.glob("*/haproxy.cfg")
-    config = file.read_text()
-    limits = (
-        "    option forwardfor\n    timeout http-request 10s\n    timeout http-keep-alive 60s\n"
-        "    option http-buffer-request\n    option idle-close-on-response\n"
-    )
-    assert f"\ndefaults\n{limits}" in config
-    for setting in (
-        "maxconn 2048",
-        "retry-on conn-failure empty-response",
-        "timeout client 60s",
-        "timeout server 660s",
-    ):
-        assert f"\n    {setting}\n" in config
-    assert set(re.findall(r"errorfile \d+ (.*)", config)) == {str(temp / "503.http")}
 
 
 @pytest.mark.slow
