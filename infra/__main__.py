@@ -69,7 +69,8 @@ def _restore(asked: argparse.Namespace) -> int:
 
 
 def _say(what: str, folder: Path, contents: backup.Contents) -> None:
-    print(f"{folder} {what} {contents.files:,} files, {contents.size_bytes / 1e6:,.1f} MB")
+    files = f"{contents.files:,} file{'s' if contents.files > 1 else ''}"
+    print(f"{folder} {what} {files}, {contents.size_bytes / 1e6:,.1f} MB")
 
 
 def _status(_: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 SQLITE = "sqlite"
 """The database that needs no server: a file in the platform's home."""
@@ -47,9 +47,11 @@ def _check_database(database: str) -> None:
     if database == SQLITE:
         return
     url = urlsplit(database)
-    if url.password is not None:
-        user, _, host = url.netloc.rpartition("@")
-        without = url._replace(netloc=f"{user.partition(':')[0]}@{host}").geturl()
+    queries = parse_qsl(url.query, keep_blank_values=True)
+    if url.password is not None or "password" in dict(queries):
+        user, at, host = url.netloc.rpartition("@")
+        query = urlencode([(name, value) for name, value in queries if name != "password"])
+        without = url._replace(netloc=f"{user.partition(':')[0]}{at}{host}", query=query).geturl()
         raise SettingsError(
             "--database must not carry a password, which lists of processes would show: "
             f"put it into ~/.pgpass, and name the database {without}"

@@ -46,8 +46,11 @@ def test_what_cannot_be_is_refused_with_its_cure(arguments: list[str], told: str
     assert told in str(caught.value)
 
 
-def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
+@pytest.mark.parametrize(
+    "database", [DATABASE.replace("mlflow@", "mlflow:hunter2@"), f"{DATABASE}?password=hunter2"]
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(database: str) -> None:
     with pytest.raises(SettingsError, match=r"put it into ~/\.pgpass") as caught:
-        Settings(database="postgresql://mlflow:hunter2@db.example:5433/mlflow")
-    assert DATABASE in str(caught.value)
+        Settings(database=database)
+    assert str(caught.value).endswith(f" name the database {DATABASE}")
     assert "hunter2" not in str(caught.value)
