@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from infra import auth, backup, local, settings
+from infra import auth, local, settings
 from infra.errors import PlatformError
 
 
@@ -57,20 +57,19 @@ def _settings(asked: argparse.Namespace) -> settings.Settings:
 
 
 def _backup(asked: argparse.Namespace) -> int:
-    _say("holds", asked.folder, backup.backup(local.home_dir(), asked.folder.absolute()))
+    from infra import backup  # here and below, because what copies takes a while to import
+
+    held = backup.backup(local.home_dir(), asked.folder.absolute())
+    print(f"{asked.folder} holds {held}")
     return 0
 
 
 def _restore(asked: argparse.Namespace) -> int:
-    contents = backup.restore(local.home_dir(), asked.folder.absolute(), _settings(asked))
-    _say("is restored:", asked.folder, contents)
-    print("start it with `python -m infra up`")
+    from infra import backup
+
+    held = backup.restore(local.home_dir(), asked.folder.absolute(), _settings(asked))
+    print(f"{asked.folder} is restored: {held}; `python -m infra up` starts the platform")
     return 0
-
-
-def _say(what: str, folder: Path, contents: backup.Contents) -> None:
-    files = f"{contents.files:,} file{'s' if contents.files > 1 else ''}"
-    print(f"{folder} {what} {files}, {contents.size_bytes / 1e6:,.1f} MB")
 
 
 def _status(_: argparse.Namespace) -> int:

@@ -35,6 +35,10 @@ class Contents:
     files: int
     size_bytes: int
 
+    def __str__(self) -> str:
+        """Say how much it is."""
+        return f"{self.files:,} file{'s' if self.files > 1 else ''}, {self.size_bytes / 1e6:,.1f} MB"
+
 
 def backup(home: Path, folder: Path) -> Contents:
     """Copy the registry of a home's platform, which may be running, into a new folder.

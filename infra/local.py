@@ -23,7 +23,6 @@ from pathlib import Path
 
 import gdl_ray.home
 from infra import auth, haproxy, mlflow_server
-from infra.artifacts import Files
 from infra.database import database_of
 from infra.errors import PlatformError as PlatformError
 from infra.processes import Process, end, is_alive, spawn, uninterrupted
@@ -187,10 +186,17 @@ def _settle(platform: Platform, settings: Settings) -> None:
         )
     if "mlflow" not in running:
         database_of(settings, platform.home).check()
-        Files(settings.artifacts or str(platform.home / "artifacts"))
+        _check_artifacts(settings.artifacts)
     if settings.auth:
         platform.home.chmod(0o700)  # the database is there, and the files of models
     platform.settings = settings
+
+
+def _check_artifacts(artifacts: str) -> None:
+    if "://" in artifacts:
+        from infra.artifacts import Files  # here, because what speaks to buckets takes a while to import
+
+        Files(artifacts)
 
 
 def _service(platform: Platform, name: str) -> Service:

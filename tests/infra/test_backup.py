@@ -1,11 +1,11 @@
 """Registries that MLflow has made: backed up while it writes, restored, refused when damaged, upgraded."""
 
+import itertools
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +15,9 @@ from mlflow import MlflowClient
 
 from infra import __main__ as command
 from infra import auth, local
+from infra.artifacts import Files
 from infra.backup import SUMS_FILE, backup, restore
+from infra.database import Sqlite
 from infra.errors import PlatformError
 from infra.processes import end, spawn
 from infra.settings import Settings
@@ -97,32 +99,35 @@ def test_files_may_move_to_another_place(home: Path, saved: Path, tmp_path: Path
     assert local.Platform.load(home).settings.artifacts == str(tmp_path / "elsewhere")
 
 
-def test_a_backup_amid_writes_names_no_file_that_it_lacks(home: Path, tmp_path: Path) -> None:
-    stop = threading.Event()
+def test_a_backup_amid_writes_names_no_file_that_it_lacks(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version is registered after each step of the backup, whichever comes first."""
+    versions = itertools.count(2)
 
-    def write() -> None:
-        version = 2
-        while not stop.is_set():
-            register(home, version)
-            version += 1
+    def and_register(kind: type, step: str) -> None:
+        before = getattr(kind, step)
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        for i in range(5):
-            backup(home, tmp_path / f"backup{i}")
-    finally:
-        stop.set()
-        writer.join()
-    champions = []
-    for i in range(5):
-        restored = tmp_path / f"restored{i}"
-        restore(restored, tmp_path / f"backup{i}", Settings())
-        version, content = champion(restored)
-        assert content == f"weights of {version}".encode() * 1000
-        champions.append(version)
-    assert champions == sorted(champions)
-    assert champions[-1] > 1
+        def after(*arguments: object) -> object:
+            result = before(*arguments)
+            register(home, next(versions))
+            return result
+
+        monkeypatch.setattr(kind, step, after)
+
+    and_register(Sqlite, "dump")
+    and_register(Files, "names")
+    backup(home, tmp_path / "backup")
+    monkeypatch.undo()
+    restored = tmp_path / "restored"
+    restore(restored, tmp_path / "backup", Settings())
+    with closing(sqlite3.connect(restored / "mlflow.db")) as database:
+        sources = [source for (source,) in database.execute("SELECT source FROM model_versions")]
+    assert sources
+    for source in sources:
+        folder = source.replace("mlflow-artifacts:", f"{restored}/artifacts")
+        assert (Path(folder) / "weights.safetensors").exists()
+    assert next(versions) == 4
 
 
 def damage_file(folder: Path) -> str:
