@@ -84,7 +84,6 @@ TESTED_ELSEWHERE = {
     "jobs.evaluate": "needs Ray: tests/test_comparison.py runs it",
     "jobs.models": "tests/jobs/test_sample.py resolves what it names",
     "gdl_ray.train.validation": "tests/train/test_loop.py validates, and pictures what it saves",
-    "infra.haproxy": "tests/infra/test_docker.py makes its program, tests/infra/test_local.py runs it",
     "infra.__main__": "tests/infra/test_local.py runs its verbs",
     "infra.errors": "tests/infra/test_local.py and tests/infra/test_backup.py provoke them",
     "serve.directory": "tests/serve/test_shelf.py resolves names by it",
