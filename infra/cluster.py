@@ -8,6 +8,7 @@ import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from infra.local import PROJECT
@@ -231,14 +232,20 @@ def _ray_says(cluster: Cluster) -> list[str]:
 
 def _ec2_says(kind: Cluster) -> list[str]:
     """Check a node's description by the model of RunInstances; Ray chooses one of several subnets."""
-    import botocore.session  # type: ignore[import-untyped]
     from botocore.validate import ParamValidator  # type: ignore[import-untyped]
 
-    service = botocore.session.Session().get_service_model("ec2")
     asked = {key: value for key, value in kind["node_config"].items() if key != "SubnetIds"}
     asked |= {"SubnetId": "subnet-0", "MinCount": 1, "MaxCount": 1}
-    report = ParamValidator().validate(asked, service.operation_model("RunInstances").input_shape)
+    report = ParamValidator().validate(asked, _run_instances())
     return str(report.generate_report()).splitlines()
+
+
+@cache
+def _run_instances() -> Any:
+    """Read what RunInstances takes, from 700 kB of JSON that come with botocore."""
+    import botocore.session  # type: ignore[import-untyped]
+
+    return botocore.session.Session().get_service_model("ec2").operation_model("RunInstances").input_shape
 
 
 @dataclass(frozen=True)
