@@ -1,17 +1,21 @@
 """The Ray cluster that a job runs on: whether it can hold the workers, and waiting until it can."""
 
+import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import ray
 from ray._private.state import state
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from jobs.options import UsageError
 
 _LOOK_S = 1.0
 _TELL_S = 10.0
+_GROUP = "ray.io/node-group"  # the label by which Ray marks what kind a node is
 
 
 class TimeoutExpired(Exception):  # noqa: N818  (as subprocess.TimeoutExpired)
@@ -49,6 +53,8 @@ class Demand(Protocol):
 def connect(options: Demand) -> None:
     """Connect to the cluster; refuse what it can never hold, unless the user is ready to wait for more nodes.
 
+    What it can hold counts the nodes that it may launch, if it launches any.
+
     Raises:
         UsageError: if there is no cluster, or it is too small.
     """
@@ -58,29 +64,65 @@ def connect(options: Demand) -> None:
         raise UsageError(f"no Ray cluster answers at RAY_ADDRESS ({error}); `python -m infra up`") from error
     if options.timeout_s is not None:
         return
-    if missing := _missing(options, whole_nodes()):
+    types = node_types()
+    if missing := _missing(options, [*whole_nodes(), *_launchable(types)]):
+        if types:
+            raise UsageError(
+                f"{missing} when all nodes are up that the cluster may launch: "
+                "ask for fewer or smaller ones, or raise max in the stack file"
+            )
         raise UsageError(
             f"{missing} in the whole cluster: ask for fewer or smaller ones, or wait for nodes by --timeout"
         )
 
 
+def node_types() -> dict[str, dict[str, Any]]:
+    """Tell what kinds of nodes the cluster may launch, and how many: as its head says in GDL_RAY_NODE_TYPES.
+
+    Ray's autoscaler knows them, and tells nobody.
+    """
+    types: dict[str, dict[str, Any]] = json.loads(os.environ.get("GDL_RAY_NODE_TYPES") or "{}")
+    return types
+
+
+def _launchable(types: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, float]]:
+    """List what each node would have that may be launched besides those that are up."""
+    up = [node["Labels"].get(_GROUP) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [
+        kind["resources"] for name, kind in types.items() for _ in range(max(0, kind["max"] - up.count(name)))
+    ]
+
+
 def wait_for_room(options: Demand) -> None:
     """Wait until the least number of workers has room, and say every ten seconds what is missing.
+
+    A cluster that launches nodes is asked for them meanwhile.
 
     Raises:
         TimeoutExpired: if `--timeout` is over before.
     """
     begin = told = time.monotonic()
-    while missing := _missing(options, _free()):
-        now = time.monotonic()
-        waited_s = now - begin
-        if options.timeout_s is not None and waited_s > options.timeout_s:
-            raise TimeoutExpired(f"{missing} after --timeout {options.timeout}")
-        if now - told >= _TELL_S or begin == told:
-            limit = f" (until --timeout {options.timeout})" if options.timeout else ""
-            print(f"{options.job}: waiting: {missing}{limit}", flush=True)
-            told = now
-        time.sleep(_LOOK_S)
+    asked: PlacementGroup | None = None
+    try:
+        while not (asked and asked.wait(0)) and (missing := _missing(options, _free())):
+            asked = asked or _ask_for(options)
+            now = time.monotonic()
+            waited_s = now - begin
+            if options.timeout_s is not None and waited_s > options.timeout_s:
+                raise TimeoutExpired(f"{missing} after --timeout {options.timeout}")
+            if now - told >= _TELL_S or begin == told:
+                limit = f" (until --timeout {options.timeout})" if options.timeout else ""
+                print(f"{options.job}: waiting: {missing}{limit}", flush=True)
+                told = now
+            time.sleep(_LOOK_S)
+    finally:
+        if asked:
+            remove_placement_group(asked)
+
+
+def _ask_for(options: Demand) -> PlacementGroup | None:
+    """Show an autoscaler, if there is one, what is waited for: it launches nodes for what is pending."""
+    return placement_group([dict(options.resources)] * options.least_places) if node_types() else None
 
 
 def _free() -> list[Mapping[str, float]]:

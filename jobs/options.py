@@ -1,5 +1,6 @@
 """The command line of a training job, and what it refuses."""
 
+import os
 import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class Options(Generic[Model]):
     on with it."""
     storage: str = ""
     """Where runs keep their checkpoints: a folder that all nodes see, or an address as s3://bucket/folder.
-    Left out, the platform's own folder."""
+    Left out, what GDL_RAY_STORAGE says, as on a cluster in a cloud; else the platform's own folder."""
     keep: int = 1
     """How many of the last checkpoints to keep, beside the best."""
     promote: bool = False
@@ -129,7 +130,8 @@ class Options(Generic[Model]):
         Raises:
             UsageError: if --storage is not understood.
         """
-        place, mark, query = (self.storage or str(home() / "runs")).partition("?")
+        storage = self.storage or os.environ.get("GDL_RAY_STORAGE") or str(home() / "runs")
+        place, mark, query = storage.partition("?")
         return open_store(f"{place}/{name}{mark}{query}", "--storage")
 
     def flat(self) -> dict[str, str]:

@@ -1,11 +1,15 @@
 """Waiting for room on a cluster, on one that says how much is free."""
 
+import json
+from typing import Any
+
 import pytest
+import ray
 from ray._private.state import state
 
 from jobs import cluster
-from jobs.cluster import TimeoutExpired, wait_for_room
-from jobs.options import parse
+from jobs.cluster import TimeoutExpired, connect, wait_for_room
+from jobs.options import UsageError, parse
 
 
 @pytest.fixture
@@ -43,3 +47,50 @@ def test_waiting_ends_with_what_is_missing(free: list[dict[str, float]]) -> None
         TimeoutExpired, match=r"need 1 CPU and 1 GPU each, and there is room for 0 of 2 after --timeout"
     ):
         wait_for_room(parse(["vae", "--workers", "2", "--gpu", "--timeout", "0.1s"]))
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The nodes of a cluster that is there, and that may launch three with four CPUs and a GPU each."""
+    up: list[dict[str, Any]] = [{"Alive": True, "Resources": {"memory": 1.0}, "Labels": {}}]
+    monkeypatch.setattr(ray, "nodes", lambda: up)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    types = {
+        "spot": {"resources": {"CPU": 4, "GPU": 1}, "max": 2},
+        "other": {"resources": {"CPU": 4, "GPU": 1}, "max": 1},
+    }
+    monkeypatch.setenv("GDL_RAY_NODE_TYPES", json.dumps(types))
+    return up
+
+
+def spot(alive: bool = True) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": {"CPU": 4.0, "GPU": 1.0}, "Labels": {"ray.io/node-group": "spot"}}
+
+
+@pytest.mark.parametrize("asked", ["--workers 12", "--workers 3 --gpu --cpus 4", "--workers 1:9 --gpu"])
+def test_what_nodes_to_come_will_hold_is_not_refused(asked: str, nodes: list[dict[str, Any]]) -> None:
+    connect(parse(["vae", *asked.split()]))
+    nodes += [spot(), spot(alive=False)]  # the one that is up is one of the two that may be
+    connect(parse(["vae", *asked.split()]))
+
+
+@pytest.mark.parametrize("asked", ["--workers 13", "--workers 4 --gpu", "--workers 1 --cpus 5"])
+@pytest.mark.parametrize("up", [[], [spot()], [spot(), spot()]], ids=len)
+def test_what_never_fits_is_refused_before_anything_is_launched(
+    asked: str, up: list[dict[str, Any]], nodes: list[dict[str, Any]]
+) -> None:
+    nodes += up
+    with pytest.raises(
+        UsageError, match=r"when all nodes are up that the cluster may launch: ask for fewer or smaller"
+    ):
+        connect(parse(["vae", *asked.split()]))
+
+
+def test_a_cluster_that_launches_nothing_holds_what_it_has(
+    nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GDL_RAY_NODE_TYPES")
+    nodes += [spot()]
+    connect(parse(["vae", "--workers", "4"]))
+    with pytest.raises(UsageError, match=r"room for 4 of 5 in the whole cluster"):
+        connect(parse(["vae", "--workers", "5"]))

@@ -102,6 +102,12 @@ def test_only_what_decides_the_result_must_stay_the_same() -> None:
     assert parse(["vae", "--seed", "1"]).decisive() != first.decisive()
 
 
+def test_a_cluster_may_say_where_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDL_RAY_STORAGE", f"{tmp_path}/bucket/runs")
+    assert parse(["vae"]).store("run").address == f"{tmp_path}/bucket/runs/run"
+    assert parse(["vae", "--storage", f"{tmp_path}/there"]).store("run").address == f"{tmp_path}/there/run"
+
+
 def test_a_store_is_a_folder_or_an_address(tmp_path: Path) -> None:
     assert parse(["vae"]).store("run").address == f"{tmp_path}/runs/run"
     assert parse(["vae", "--storage", f"{tmp_path}/there"]).store("run").address == f"{tmp_path}/there/run"
