@@ -123,7 +123,7 @@ def _gcp_node(stack: Stack, facts: Facts, name: str, kind: str, spot: bool) -> D
     config: Description = {
         "machineType": kind,
         "networkInterfaces": [{"subnetwork": subnet, "accessConfigs": [way_out]}],
-        "labels": gcp_labels(stack, facts.expires_at),
+        "labels": gcp_labels(stack, facts.expires_at, facts.image_id),
         "tags": {"items": [f"{TAG}-{stack.stack}"]},
         "disks": [
             {
@@ -131,6 +131,7 @@ def _gcp_node(stack: Stack, facts: Facts, name: str, kind: str, spot: bool) -> D
                 "autoDelete": True,
                 "type": "PERSISTENT",
                 "initializeParams": {
+                    "labels": gcp_labels(stack, facts.expires_at, facts.image_id),
                     "diskSizeGb": str(DISK_GB),
                     "sourceImage": facts.image_id,
                     "diskType": f"zones/{zone}/diskTypes/pd-balanced",
@@ -154,9 +155,10 @@ def needs_accelerator(kind: str) -> bool:
     return kind.startswith("n1-")
 
 
-def gcp_labels(stack: Stack, expires_at: str) -> dict[str, str]:
+def gcp_labels(stack: Stack, expires_at: str, image_id: str) -> dict[str, str]:
     """Label what belongs to a stack, in the lowercase letters, digits, `-` and `_` that Google Cloud has."""
-    values = {"stack": stack.stack, "owner": stack.owner, "expires-at": expires_at}
+    image = image_id.rpartition("/")[2]
+    values = {"stack": stack.stack, "owner": stack.owner, "expires-at": expires_at, "image": image}
     return {
         f"{TAG}-{key}": "".join(char if char.isalnum() or char == "-" else "_" for char in value.lower())
         for key, value in values.items()

@@ -1,6 +1,6 @@
 """A cluster file without a cloud: what only a cloud could say is a word that nobody takes for an answer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from infra.folder import Folder
@@ -62,10 +62,15 @@ def machines(stack: Stack) -> dict[str, Machine]:
                 "say what a node has, such as resources: {CPU: 8, GPU: 1}"
             )
         known = known or Machine(cpus=int(given.get("CPU", 1)), gpus=int(given.get("GPU", 0)))
-        if given.get("GPU") and not known.gpus:  # attached to a machine that has none of its own
-            known = Machine(cpus=known.cpus, gpus=int(given["GPU"]), accelerator=_accelerator(given))
-        found[each.type] = known
+        found[each.type] = attached(known, given)
     return found
+
+
+def attached(has: Machine, given: Mapping[str, float]) -> Machine:
+    """Add the GPUs that a stack gives to machines that bring none."""
+    if has.gpus or not given.get("GPU"):
+        return has
+    return Machine(cpus=has.cpus, gpus=int(given["GPU"]), accelerator=_accelerator(given))
 
 
 def _accelerator(given: Iterable[str]) -> str:

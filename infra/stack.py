@@ -292,7 +292,8 @@ def _contradictions(stack: Stack) -> list[str]:
     """Say what of a stack does not go together, though each value by itself would."""
     if stack.cloud == "local":
         return []
-    needed = (*_NEEDED, "project") if stack.cloud == "gcp" else _NEEDED
+    # On Google Cloud, a head without workers is all there is: one machine.
+    needed = [*_NEEDED[:-1], "project"] if stack.cloud == "gcp" else list(_NEEDED)
     nothing = ("", (), Head(type=""))
     problems = [
         f"{key} is missing, which cloud: {stack.cloud} needs"
@@ -300,6 +301,10 @@ def _contradictions(stack: Stack) -> list[str]:
         if getattr(stack, key) in nothing
     ]
     problems += [*_workers_contradict(stack.workers)]
+    if stack.cloud == "gcp" and len(stack.stack) > 20:
+        problems.append(
+            f"stack: {stack.stack!r} must have 20 characters at most, for accounts are named after it"
+        )
     if stack.cloud == "gcp" and stack.access.mode == "ssm":
         problems.append(
             "access.mode: 'ssm' is AWS's; on Google Cloud write ssh, which goes through its proxy"

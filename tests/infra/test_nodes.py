@@ -195,8 +195,9 @@ def test_code_is_installed_once_for_each_version_of_it(role: str, machine: Shell
 
 def test_labels_of_google_have_no_other_letters() -> None:
     stack = load(PROJECT / "infra" / "examples" / "gcp.stack.yaml")
-    labels = gcp_labels(stack, "2030-01-01T00:00:00Z")
+    labels = gcp_labels(stack, "2030-01-01T00:00:00Z", "projects/p/global/images/ubuntu-2404")
     assert labels["gdl-ray-owner"] == "you_example_com"
+    assert labels["gdl-ray-image"] == "ubuntu-2404"
     assert all(re.fullmatch(r"[a-z0-9_-]{1,63}", word) for pair in labels.items() for word in pair)
 
 

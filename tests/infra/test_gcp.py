@@ -1,0 +1,420 @@
+"""Google Cloud: what is made, found again, put elsewhere and deleted, by a gcloud whose project is a file.
+
+And whether the real gcloud takes each command line, up to the point where it asks who somebody is.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from infra import gcloud as gcloud_module
+from infra import gcp
+from infra.folder import Folder
+from infra.gcloud import GcloudError, gcloud
+from infra.gcp_machine import create_command, startup
+from infra.local import PROJECT
+from infra.plan import Job, Refused
+from infra.stack import Head, Stack, load
+from tests.infra import fake_gcloud
+from tests.infra.fake_gcloud import instance
+
+REAL = shutil.which("gcloud")
+GPUS = {"metric": "NVIDIA_L4_GPUS", "limit": 8, "usage": 0}
+SPOT = {"metric": "PREEMPTIBLE_NVIDIA_L4_GPUS", "limit": 8, "usage": 0}
+ALL = {"metric": "GPUS_ALL_REGIONS", "limit": 16, "usage": 0}
+ZONES = ["us-central1-a", "us-central1-b", "us-central1-c"]
+
+
+class Project:
+    """The project that the fake gcloud keeps."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+        quotas = {"quotas": [GPUS, SPOT], "project_quotas": [ALL]}
+        empty: dict[str, Any] = {"things": {}, "instances": [], "bindings": [], "told": [], "complaints": {}}
+        file.write_text(json.dumps(empty | quotas | {"zones": ZONES, "full": [], "available": ""}))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All of it."""
+        state: dict[str, Any] = json.loads(self._file.read_text())
+        return state
+
+    def set(self, **values: Any) -> None:
+        """Change some of it."""
+        self._file.write_text(json.dumps(self.state | values))
+
+    def run(self, command: list[str], **_: object) -> "subprocess.CompletedProcess[str]":
+        """Stand in for `subprocess.run`."""
+        with self._lock:
+            state = self.state
+            says, complains = fake_gcloud.main(command[1:], state)
+            self._file.write_text(json.dumps(state))
+        output = "" if says is None else json.dumps(says)
+        return subprocess.CompletedProcess(command, int(bool(complains)), output, complains)
+
+    @property
+    def told(self) -> list[list[str]]:
+        """The command lines so far."""
+        told: list[list[str]] = self.state["told"]
+        return told
+
+    def changes(self) -> list[list[str]]:
+        """The command lines that change something."""
+        reading = {"describe", "describe-from-family", "list", "get-iam-policy"}
+        return [words for words in self.told if not reading & set(words)]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """An empty project, and a machine on which nothing is known of any stack.
+
+    The fake gcloud runs in this process, ten times as fast; `test_gcloud_is_a_command` starts it as one.
+    """
+    stub = tmp_path / "bin" / "gcloud"
+    stub.parent.mkdir()
+    fake = Path(__file__).with_name("fake_gcloud.py")
+    stub.write_text(f'#!/bin/sh\nexec {sys.executable} -S {fake} "$@"\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path / "project"))
+    monkeypatch.setenv("GDL_RAY_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(Folder, "pack", _pack)
+    empty = Project(tmp_path / "project")
+    monkeypatch.setattr(gcloud_module, "subprocess", SimpleNamespace(run=empty.run, DEVNULL=None))
+    return empty
+
+
+def _pack(self: Folder) -> str:
+    """Stand in for building a wheel, which test_folder.py does."""
+    self.code.mkdir(exist_ok=True)
+    return "c0de"
+
+
+@pytest.fixture
+def rays(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What Ray's launcher would be told; it needs Google's own API."""
+    told: list[tuple[str, ...]] = []
+
+    def ray(*words: str) -> int:
+        told.append(words)
+        return 0
+
+    monkeypatch.setattr(gcp, "_ray", ray)
+    return told
+
+
+@pytest.fixture
+def cluster() -> Stack:
+    return load(PROJECT / "infra" / "examples" / "gcp.stack.yaml")
+
+
+@pytest.fixture
+def machine(cluster: Stack) -> Stack:
+    """A stack of one machine, with a GPU."""
+    return replace(cluster, workers=(), head=Head(type="g2-standard-8"))
+
+
+def test_a_plan_changes_nothing_and_says_what_comes(project: Project, cluster: Stack) -> None:
+    plan = gcp.plan(cluster, Job.parse("workers=4,gpu=1,cpu=3"))
+    assert project.changes() == []
+    assert plan.problems == []
+    assert plan.fits == {"workers=4,cpu=3,gpu=1": "fits: launches 4 x l4-spot"}
+    assert plan.image.endswith("ubuntu-accelerator-2404-amd64-with-nvidia-580")
+    assert [node.zones for node in plan.nodes] == [tuple(ZONES)] * 3
+    what = "\n".join(plan.steps)
+    assert "firewall rule gdl-ray-demo-proxy: tcp:22 from 35.235.240.0/20" in what
+    assert "bucket gs://gdl-ray-my-project-demo, closed to the public" in what
+    assert plan.steps[-1] == "launch the head, e2-standard-4, with `ray up`"
+
+
+def test_a_job_that_never_fits_is_refused(project: Project, cluster: Stack) -> None:
+    plan = gcp.plan(cluster, Job.parse("workers=7,gpu=1"))
+    assert any("never fits" in problem for problem in plan.problems)
+
+
+@pytest.mark.parametrize(
+    ("quota", "metric"),
+    [
+        ({"quotas": [GPUS, SPOT | {"usage": 6}]}, "PREEMPTIBLE_NVIDIA_L4_GPUS leaves 2 of the 4"),
+        ({"quotas": [GPUS | {"limit": 1}, SPOT]}, "NVIDIA_L4_GPUS leaves 1 of the 2"),
+        ({"project_quotas": [ALL | {"limit": 5}]}, "GPUS_ALL_REGIONS leaves 5 of the 6"),
+    ],
+)
+def test_what_a_quota_forbids_is_refused_before_anything_is_made(
+    quota: dict[str, Any], metric: str, project: Project, cluster: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.set(**quota)
+    with pytest.raises(Refused, match=re.escape(metric)):
+        gcp.up(cluster, yes=True)
+    assert project.changes() == []
+
+
+def test_up_makes_all_once_and_hands_over_to_ray(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
+) -> None:
+    gcp.up(cluster, yes=True)
+    folder = gcp.folder_of(cluster)
+    assert rays == [("up", "-y", "--no-config-cache", str(folder.cluster))]
+    assert folder.key.stat().st_mode & 0o777 == 0o600
+    assert folder.key.with_suffix(".pub").read_text().split()[1] in folder.cluster.read_text()
+    made = len(project.changes())
+    gcp.up(cluster, yes=True)
+    assert len(project.changes()) == made
+    labels = {"gdl-ray-stack": "demo", "ray-node-type": "head", "gdl-ray-expires-at": "2030-01-01t00_00_00z"}
+    project.set(instances=[instance("ray-demo-head", "us-central1-b", labels, "e2-standard-4")])
+    gcp.up(cluster, yes=True)
+    assert rays[-1] == ("up", "-y", "--no-config-cache", "--no-restart", str(folder.cluster))
+    text = folder.cluster.read_text()
+    assert "availability_zone: us-central1-b" in text  # where the head is
+    assert "2030-01-01T00:00:00Z" in text  # another time would be another head to Ray
+
+
+def test_rights_are_narrow(project: Project, cluster: Stack, rays: list[tuple[str, ...]]) -> None:
+    gcp.up(cluster, yes=True)
+    head = "serviceAccount:gdl-demo-head@my-project.iam.gserviceaccount.com"
+    worker = "serviceAccount:gdl-demo-worker@my-project.iam.gserviceaccount.com"
+    bucket = "storage buckets gs://gdl-ray-my-project-demo"
+    account = "iam service-accounts gdl-demo-worker@my-project.iam.gserviceaccount.com"
+    assert sorted(map(tuple, project.state["bindings"])) == sorted(
+        [
+            ("projects my-project", head, "roles/compute.instanceAdmin.v1"),
+            (account, head, "roles/iam.serviceAccountUser"),
+            (bucket, head, "roles/storage.objectAdmin"),
+            (bucket, worker, "roles/storage.objectAdmin"),
+        ]
+    )
+
+
+def test_up_that_was_interrupted_goes_on(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
+) -> None:
+    project.set(complaints={"buckets update": "ERROR: gcloud crashed (ConnectionError)"})
+    with pytest.raises(Refused, match="ConnectionError"):
+        gcp.up(cluster, yes=True)
+    assert rays == []
+    before = set(project.state["things"])
+    project.set(complaints={})
+    gcp.up(cluster, yes=True)
+    state = project.state
+    assert before < set(state["things"]) or before == set(state["things"])
+    assert state["things"]["storage buckets gs://gdl-ray-my-project-demo"]["versioning_enabled"] is True
+    assert len(state["bindings"]) == 4
+    assert len(rays) == 1
+
+
+def test_a_machine_goes_where_there_is_room(project: Project, machine: Stack) -> None:
+    project.set(full=["us-central1-a"])
+    gcp.up(machine, yes=True)
+    (made,) = project.state["instances"]
+    assert made["zone"].endswith("/us-central1-b")
+    gcp.up(machine, yes=True)
+    assert len(project.state["instances"]) == 1  # it is there
+
+
+def test_what_google_says_has_room_is_tried_first(project: Project, machine: Stack) -> None:
+    project.set(full=["us-central1-a"], available="us-central1-c,us-east1-b")
+    gcp.up(machine, yes=True)
+    assert project.state["instances"][0]["zone"].endswith("/us-central1-c")
+
+
+def test_where_no_zone_has_room_it_says_so(project: Project, machine: Stack) -> None:
+    project.set(full=ZONES)
+    with pytest.raises(
+        Refused, match=r"no zone has a g2-standard-8 now \(us-central1-a, us-central1-b, us-central1-c\)"
+    ):
+        gcp.up(machine, yes=True)
+
+
+def test_other_failures_are_not_tried_in_other_zones(project: Project, machine: Stack) -> None:
+    project.set(complaints={"instances create": "ERROR: Quota 'NVIDIA_L4_GPUS' exceeded. Limit: 0.0"})
+    with pytest.raises(Refused, match="a quota is used up"):
+        gcp.up(machine, yes=True)
+    assert len([words for words in project.told if words[1:3] == ["instances", "create"]]) == 1
+
+
+def test_zones_are_those_of_the_stack_that_have_the_type(project: Project, machine: Stack) -> None:
+    zones = ("us-central1-c", "us-central1-f")
+    assert gcp.plan(replace(machine, zones=zones)).nodes[0].zones == ("us-central1-c",)
+    (problem,) = gcp.plan(replace(machine, zones=("us-central1-f",))).problems
+    assert problem.startswith("no zone of us-central1 has g2-standard-8")
+
+
+def test_a_gpu_is_attached_where_the_machine_brings_none(machine: Stack) -> None:
+    def command(kind: str) -> list[str]:
+        stack = replace(machine, head=Head(type=kind))
+        return create_command(stack, ZONES[0], "image", "2030-01-01T00:00:00Z", Path("script"))
+
+    assert "--accelerator=type=nvidia-tesla-t4,count=1" in command("n1-standard-8")
+    assert not [
+        word for kind in ("g2-standard-8", "a2-highgpu-1g") for word in command(kind) if "accel" in word
+    ]
+    assert {"--max-run-duration=43200s", "--instance-termination-action=DELETE"} <= set(
+        command("n1-standard-8")
+    )
+
+
+def test_the_machine_starts_the_platform_and_installs_it_once(machine: Stack) -> None:
+    script = startup(machine, "d1gest")
+    assert "BUCKET='gs://gdl-ray-my-project-demo'" in script
+    assert "DIGEST='d1gest'" in script
+    subprocess.run(["bash", "-n", "-c", script], check=True)
+    assert "@" not in re.sub(r'"\$\{\w+\[@\]\}"', "", script)
+
+
+def test_down_leaves_data_alone_and_says_what_is_left(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
+) -> None:
+    gcp.up(cluster, yes=True)
+    labels = {"gdl-ray-stack": "demo", "ray-node-type": "head"}
+    mine = [instance("head", "us-central1-a", labels, "e2-standard-4")]
+    mine += [
+        instance("w", "us-central1-a", labels | {"ray-node-type": "worker"}, "g2-standard-8", "TERMINATED")
+    ]
+    other = instance("other", "us-central1-a", {"gdl-ray-stack": "other"}, "e2-standard-4")
+    project.set(instances=[*mine, other])
+    assert gcp.down(cluster, yes=True) == []
+    assert rays[-1][0] == "down"
+    assert project.state["instances"] == [other]
+    assert list(project.state["things"]) == ["storage buckets gs://gdl-ray-my-project-demo"]
+    assert [binding for binding in project.state["bindings"] if binding[0].startswith("projects")] == []
+    assert gcp.down(cluster, yes=True) == []  # again, and nothing is wrong
+    assert gcp.down(cluster, yes=True, delete_data=True) == []
+    assert project.state["things"] == {}
+
+
+def test_what_cannot_be_deleted_is_named(project: Project, machine: Stack) -> None:
+    gcp.up(machine, yes=True, foundation_only=True)
+    things = project.state["things"]
+    project.set(complaints={"networks delete": "ERROR: network was not found"})  # it says so, and it is there
+    assert gcp.down(machine, yes=True) == ["network gdl-ray-demo"]
+    assert "compute networks gdl-ray-demo" in things
+
+
+def test_status_tells_age_end_drift_and_orphans(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
+) -> None:
+    assert gcp.status(cluster).nodes == []
+    gcp.up(cluster, yes=True)
+    labels = {
+        "gdl-ray-stack": "demo",
+        "gdl-ray-expires-at": "2030-01-01t00_00_00z",
+        "ray-node-type": "worker",
+    }
+    project.set(instances=[instance("w", "us-central1-a", labels, "g2-standard-8", "TERMINATED")])
+    things = project.state["things"]
+    del things["compute firewall-rules gdl-ray-demo-proxy"]
+    project.set(things=things)
+    status = gcp.status(cluster)
+    assert status.expires_at == "2030-01-01T00:00:00Z"
+    assert status.drift == ["make firewall rule gdl-ray-demo-proxy: tcp:22 from 35.235.240.0/20"]
+    assert status.orphans == ["w is terminated: its disk costs money", "w has no head"]
+    assert status.nodes[0].age_h > 24
+
+
+def test_gc_finds_what_is_past_its_time_in_any_stack(project: Project) -> None:
+    old = {"gdl-ray-stack": "a", "gdl-ray-expires-at": "2020-01-01t00_00_00z"}
+    new = {"gdl-ray-stack": "b", "gdl-ray-expires-at": "2090-01-01t00_00_00z"}
+    project.set(
+        instances=[
+            instance("old", "us-central1-a", old, "e2-standard-4"),
+            instance("far", "europe-west4-a", old, "e2-standard-4"),
+            instance("new", "us-central1-a", new, "e2-standard-4"),
+        ]
+    )
+    assert gcp.gc(yes=False) == ["old in us-central1-a, running", "far in europe-west4-a, running"]
+    assert project.changes() == []
+    assert gcp.gc(regions=("us-central1",), yes=True) == []
+    assert [each["name"] for each in project.state["instances"]] == ["far", "new"]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("ERROR: Quota 'GPUS_ALL_REGIONS' exceeded. Limit: 0.0 globally.", "may have no more GPUs"),
+        ("ERROR: code: QUOTA_EXCEEDED", "a quota is used up"),
+        ("ERROR: PERMISSION_DENIED: Permission iam.roles.get denied", "it is not allowed"),
+        (
+            "ERROR: Compute Engine API has not been used in project 1 before or it is disabled.",
+            "gcloud services enable",
+        ),
+        ("ERROR: You do not currently have an active account selected.", "gcloud auth login"),
+        (
+            "ERROR: There was a problem refreshing your current auth tokens: ('invalid_grant', ...)",
+            "gcloud auth login",
+        ),
+        ("ERROR: code: RESOURCE_OPERATION_RATE_EXCEEDED", "try again in a minute"),
+        ("ERROR: something else\nin two lines", "Google Cloud: ERROR: something else in two lines"),
+    ],
+)
+def test_an_error_is_one_line_with_cause_and_cure(said: str, told: str) -> None:
+    message = str(GcloudError(said).refusal())
+    assert told in message
+    assert "\n" not in message
+
+
+def test_gcloud_is_a_command(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gcloud_module, "subprocess", subprocess)
+    assert gcloud("compute", "instances", "list") == []
+    assert project.told[-1] == ["compute", "instances", "list", "--format=json", "--quiet"]
+    with pytest.raises(GcloudError, match="'a' was not found") as failed:
+        gcloud("compute", "networks", "describe", "a")
+    assert failed.value.is_absent
+
+
+def test_without_gcloud_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Refused, match="install the Google Cloud CLI"):
+        gcloud("info")
+
+
+@pytest.fixture
+def commands(
+    project: Project, cluster: Stack, machine: Stack, rays: list[tuple[str, ...]]
+) -> list[list[str]]:
+    """Each kind of command line that the verbs have given."""
+    gcp.up(cluster, yes=True)
+    gcp.down(cluster, yes=True, delete_data=True)
+    gcp.up(machine, yes=True)
+    gcp.gc(expired=False, yes=True)
+    gcp.up(replace(machine, head=Head(type="n1-standard-8")), yes=True)
+    tunnel = gcp.tunnel_command(machine)[1:]
+    kinds = {
+        tuple(re.sub("=.*", "", word) for word in words if word.startswith("--")): words
+        for words in project.told
+    }
+    named = {(tuple(words[:4]), *kind): words for kind, words in kinds.items()}
+    return [*named.values(), tunnel]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="gcloud is not on this machine")
+def test_the_real_gcloud_takes_each_command_line(commands: list[list[str]], tmp_path: Path) -> None:
+    wrong = ["compute", "instances", "create", "a", "--acelerator=count=1"]
+    script = tmp_path / "script"
+    script.touch()
+
+    def ask(words: list[str]) -> tuple[int, str]:
+        words = [re.sub(r"(startup-script=).*", rf"\1{script}", word) for word in words]
+        env = os.environ | {"CLOUDSDK_CONFIG": str(tmp_path / "config"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
+        done = subprocess.run([str(REAL), *words], env=env, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        refused, *answers = pool.map(ask, [wrong, *commands])
+    assert refused[0] == 2  # so the others are right, because they get further
+    for words, (code, said) in zip(commands, answers, strict=True):
+        assert code == 1, (words, said)
+        assert "active account" in said, (words, said)
