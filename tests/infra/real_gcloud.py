@@ -1,7 +1,7 @@
 """Gives many command lines to the installed gcloud in one process, which takes seconds to start.
 
-Run as a script with the path of gcloud: reads a JSON list of words on each line, and answers each with a JSON list
-of its exit code and what it said.
+Run as a script with the path of gcloud: reads a JSON list of words on each line, and answers each with a JSON
+list of its exit code and what it said.
 """
 
 import json
