@@ -94,7 +94,7 @@ class Stack:
     owner: str = ""
     """Who to ask about it; a tag on all that costs money."""
     ttl_hours: float = 12
-    """Every node ends itself so long after its start, whatever else happens."""
+    """All nodes end themselves so long after the head is launched, whatever else happens."""
     access: Access = Access()
     image: str = ""
     """Container image for all nodes; empty to install this version of the project on the cloud's image."""
@@ -240,7 +240,7 @@ def _resources(value: object) -> dict[str, float] | None:
         return None
     if not isinstance(value, dict) or not value:
         raise ValueError("must be a mapping such as {CPU: 8, GPU: 1}")
-    amount = _number(0, 1e15, "units")
+    amount = _number(0, 10**15, "units", int)  # as Ray's schema has it
     for name, each in value.items():
         try:
             amount(each)

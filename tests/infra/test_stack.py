@@ -74,7 +74,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("workers.1.name", "l4-spot", "workers: 'l4-spot' is the name of 2 kinds"),
     ("workers.1.name", "head", "workers: 'head' is the name of the head"),
     ("workers.1.market", "sport", "workers[1].market: 'sport' must be spot or on-demand; did you mean spot?"),
-    ("workers.1.resources", {"CPU": "8"}, "has CPU = '8', which must be a number of units"),
+    ("workers.1.resources", {"CPU": "8"}, "has CPU = '8', which must be a whole number of units"),
     ("workers.1.type", "g2-standard-8", "workers.l4.type: 'g2-standard-8' is no machine type of cloud: aws"),
     ("project", "my-project", "project: 'my-project' means nothing on AWS"),
     ("budget.max_hourly_usd", 0, "budget.max_hourly_usd: 0 must be a number of dollars from 0.01"),
