@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import googleapiclient  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -210,6 +211,45 @@ def test_google_is_reached_through_its_proxy(gcp: dict[str, Any]) -> None:
 def test_scheduling_of_google_is_an_object(gcp: dict[str, Any]) -> None:
     """Ray's own example has a list, which Google's schema refuses."""
     assert all(isinstance(config["scheduling"], dict) for config in configs(gcp).values())
+
+
+def strange(value: Any, schema: dict[str, Any], schemas: dict[str, Any], at: str = "") -> list[str]:
+    """List what a value has that Google's description of its interface does not."""
+    schema = schemas[schema["$ref"]] if "$ref" in schema else schema
+    if "properties" in schema and isinstance(value, dict):
+        known = schema["properties"]
+        wrong = [f"{at}.{key}" for key in value if key not in known]
+        pairs = [(known[key], each, f"{at}.{key}") for key, each in value.items() if key in known]
+    elif schema.get("type") == "array" and isinstance(value, list):
+        wrong, pairs = [], [(schema["items"], each, f"{at}[{i}]") for i, each in enumerate(value)]
+    elif "additionalProperties" in schema and isinstance(value, dict):
+        wrong, pairs = (
+            [],
+            [(schema["additionalProperties"], each, f"{at}.{key}") for key, each in value.items()],
+        )
+    else:
+        kinds: dict[str, Any] = {"string": str, "integer": int, "boolean": bool, "number": (int, float)}
+        fits = isinstance(value, kinds.get(schema.get("type", ""), ())) and value in schema.get(
+            "enum", [value]
+        )
+        return [] if fits else [f"{at} = {value!r}"]
+    return wrong + [line for sub, each, name in pairs for line in strange(each, sub, schemas, name)]
+
+
+def test_google_knows_each_field(gcp: dict[str, Any]) -> None:
+    document = Path(googleapiclient.__file__).parent / "discovery_cache" / "documents" / "compute.v1.json"
+    schemas = json.loads(document.read_text())["schemas"]
+    for config in configs(gcp).values():
+        assert strange(config, schemas["Instance"], schemas) == []
+    wrong = configs(gcp)["l4"] | {"machinType": "x"}
+    wrong["scheduling"] = [{"preemptible": True}]
+    wrong["disks"] = [{"boot": "yes", "initializeParams": {"diskSizeGb": 150}}]
+    assert strange(wrong, schemas["Instance"], schemas) == [
+        ".machinType",
+        ".disks[0].boot = 'yes'",
+        ".disks[0].initializeParams.diskSizeGb = 150",
+        ".scheduling = [{'preemptible': True}]",
+    ]
 
 
 def test_a_gpu_is_attached_where_the_machine_brings_none(gcp: dict[str, Any]) -> None:
