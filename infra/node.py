@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infra import local
+from infra import haproxy, local, mlflow_server
 
 USER = "ubuntu"
 HOME = Path(f"/home/{USER}")
@@ -53,7 +53,7 @@ def environment(name: str, given: Mapping[str, str], home: Path) -> dict[str, st
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     if name == "mlflow":
-        env |= local.mlflow_settings(own)
+        env |= mlflow_server.base_environment(own)
         del env["MLFLOW_TRACKING_URI"]
     if name in ("head", "serve"):
         env |= {"RAY_ADDRESS": f"127.0.0.1:{GCS_PORT}"} | _ingress(own)
@@ -72,9 +72,9 @@ def node_types(cluster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _ingress(own: Path) -> dict[str, str]:
-    platform = local.Platform(own, dict(PORTS))
-    local._temp_dir(own).mkdir(mode=0o700, exist_ok=True)
-    return local._haproxy(platform)
+    temp = local._temp_dir(own)
+    temp.mkdir(mode=0o700, exist_ok=True)
+    return haproxy.environment(temp, PORTS)
 
 
 def _secrets(file: Path) -> dict[str, str]:

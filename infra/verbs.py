@@ -49,9 +49,9 @@ def cloud_of(name: str) -> Cloud:
         from infra import gcp
 
         return gcp
-    from infra import aws  # type: ignore[attr-defined,unused-ignore]
+    from infra import aws
 
-    return aws  # type: ignore[no-any-return,unused-ignore]
+    return aws
 
 
 def run(asked: argparse.Namespace, stack: Stack) -> int:
