@@ -1,0 +1,392 @@
+"""The verbs of a stack on AWS, against moto: what they do, and that it holds wherever they are ended."""
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
+
+import boto3  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+from infra import aws, aws_launch, preflight
+from infra.plan import Job, Refused
+from infra.stack import Access, Budget, Stack, Storage
+from tests.infra.moto_aws import (
+    REGION,
+    STACK,
+    FakeAws,
+    Interrupted,
+    error,
+    fake_aws,
+    inventory,
+    launch,
+    run_into_the_end,
+)
+
+ACCOUNTS_OWN = "role AWSServiceRoleForspot"
+"""Belongs to the account, and stays."""
+OTHER = replace(STACK, stack="other")
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeAws]:
+    """An empty AWS."""
+    with fake_aws(tmp_path) as fake:
+        yield fake
+
+
+def launch_worker(stack: Stack) -> str:
+    """Launch a worker as the head's autoscaler does; its id."""
+    rendered = yaml.safe_load(aws._folder(stack).cluster.read_text())
+    tags = {"ray-cluster-name": stack.stack, "ray-node-type": "worker", "ray-user-node-type": "l4"}
+    return launch(boto3.client("ec2"), rendered["available_node_types"]["l4"]["node_config"], tags)
+
+
+def test_a_plan_asks_and_changes_nothing(fake: FakeAws) -> None:
+    planned = aws.plan(STACK, Job.parse("workers=4,gpu=1,cpu=3"))
+    assert fake.changes == []
+    assert inventory() == {}
+    assert any("create bucket" in step for step in planned.steps)
+    assert any("launch the head" in step for step in planned.steps)
+    assert planned.worst_usd_per_hour == pytest.approx(0.1 + 6 * 0.8)
+    assert planned.problems == []
+    assert "4 x l4-spot" in planned.fits["workers=4,cpu=3,gpu=1"]
+
+
+def test_a_plan_refuses_a_job_that_never_fits(fake: FakeAws) -> None:
+    (problem,) = aws.plan(STACK, Job.parse("workers=2,gpu=1,cpu=8")).problems
+    assert problem.startswith("job workers=2,cpu=8,gpu=1: never fits")
+
+
+def test_up_does_what_the_plan_says(fake: FakeAws, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = aws.plan(STACK)
+    aws.up(STACK, yes=True)
+    printed = [line.strip() for line in capsys.readouterr().out.rpartition("steps\n")[2].splitlines()]
+    assert printed == [*planned.steps, *planned.steps]  # first what is to be done, then each as it is done
+
+
+def test_up_a_second_time_does_nothing(fake: FakeAws) -> None:
+    aws.up(STACK, yes=True)
+    fake.calls.clear()
+    fake.ray.clear()
+    aws.up(STACK, yes=True)
+    assert fake.changes == []
+    assert fake.ray == []
+    assert aws.plan(STACK).steps == []
+
+
+def test_up_makes_the_foundation_alone_where_asked(fake: FakeAws) -> None:
+    aws.up(STACK, yes=True, foundation_only=True)
+    assert fake.ray == []
+    assert "instance demo" not in inventory()
+    fake.calls.clear()
+    aws.up(STACK, yes=True, foundation_only=True)
+    assert fake.changes == []
+
+
+@pytest.mark.slow
+def test_up_converges_wherever_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended before each change in turn; at the calls in between, AWS is as it is at the next change.
+
+    What the preflight asks, it asks before the first change: here, once for all.
+    """
+    with fake_aws(tmp_path / "whole") as fake:
+        survey = aws._look(STACK).survey
+        monkeypatch.setattr(
+            preflight, "survey", lambda cloud, *_: replace(survey, subnets=preflight.default_subnets(cloud))
+        )
+        monkeypatch.setattr(preflight, "permission_problems", lambda *_: ())
+        fake.calls.clear()
+        aws.up(STACK, yes=True)
+        moments = [number for number, call in enumerate(fake.calls) if not call.changes_nothing]
+        whole = inventory()
+    assert len(moments) > 20
+    for moment in moments:
+        with fake_aws(tmp_path / str(moment)) as fake:
+            fake.end_before = moment
+            with pytest.raises(Interrupted):
+                aws.up(STACK, yes=True)
+            fake.end_before = -1
+            aws.up(STACK, yes=True)
+            assert inventory() == whole, moment
+            assert aws._look(STACK).steps == [], moment
+
+
+@pytest.mark.slow
+def test_up_and_down_converge_when_no_answer_ever_arrives(fake: FakeAws) -> None:
+    """Each run is ended when its first change is done but not yet known; the next goes on from there."""
+    assert run_into_the_end(fake, lambda: aws.up(STACK, yes=True)) > 20
+    assert set(inventory().values()) == {1}
+    assert inventory()["instance demo"] == 1
+    assert aws._look(STACK).steps == []
+    assert run_into_the_end(fake, lambda: aws.down(STACK, yes=True, delete_data=True)) > 10
+    assert inventory() == {ACCOUNTS_OWN: 1}
+
+
+def test_what_others_made_meanwhile_is_not_made_twice(fake: FakeAws) -> None:
+    aws.up(STACK, yes=True)
+    before = inventory()
+    seen = fake.answers
+    fake.answers = seen | {"DescribeSecurityGroups": lambda _: {"SecurityGroups": []}}
+    with pytest.raises(Refused, match="Duplicate"):
+        aws.up(STACK, yes=True)
+    fake.answers = seen
+    assert inventory() == before
+
+
+def test_a_head_that_was_left_half_set_up_is_set_up_with_ray_started(fake: FakeAws) -> None:
+    aws.up(STACK, yes=True)
+    head = boto3.client("ec2").describe_instances()["Reservations"][0]["Instances"][0]["InstanceId"]
+    tag = {"Key": "ray-node-status", "Value": "syncing-files"}
+    boto3.client("ec2").create_tags(Resources=[head], Tags=[tag])
+    fake.ray.clear()
+    aws.up(STACK, yes=True)
+    assert [line[:3] for line in fake.ray] == [("up", "-y", "--no-config-cache")]
+    assert "--no-restart" not in fake.ray[0]
+
+
+def test_a_change_of_the_stack_updates_the_head_and_restarts_nothing(fake: FakeAws) -> None:
+    aws.up(STACK, yes=True)
+    fake.ray.clear()
+    aws.up(replace(STACK, workers=STACK.workers[:1]), yes=True)
+    assert len(fake.ray) == 1
+    assert "--no-restart" in fake.ray[0]
+    aws.up(replace(STACK, workers=STACK.workers[:1]), yes=True, restart=True)
+    assert len(fake.ray) == 2
+    assert "--no-restart" not in fake.ray[1]
+
+
+def test_nodes_keep_image_zones_and_expiry_while_the_head_runs(fake: FakeAws) -> None:
+    """Other ones would be another head to Ray, which would end the one that runs."""
+    aws.up(STACK, yes=True)
+    file = aws._folder(STACK).cluster
+    before = file.read_text()
+    fake.answers["GetParameter"] = lambda _: {"Parameter": {"Value": "ami-0fedcba9876543210"}}
+    dear = {"AvailabilityZone": "us-west-2a", "InstanceType": "g6.xlarge", "SpotPrice": "9"}
+    fake.answers["DescribeSpotPriceHistory"] = lambda _: {"SpotPriceHistory": [dear]}
+    assert aws.plan(STACK).steps == []
+    aws.up(STACK, yes=True, restart=True)
+    assert file.read_text() == before
+
+
+def test_a_new_head_has_the_newest_image_and_the_cheapest_zone_first(fake: FakeAws) -> None:
+    prices = {"us-west-2a": "0.4", "us-west-2b": "0.5", "us-west-2c": "0.2", "us-west-2d": "0.3"}
+    history = [
+        {"AvailabilityZone": zone, "InstanceType": "g6.xlarge", "SpotPrice": price}
+        for zone, price in prices.items()
+    ]
+    fake.answers["DescribeSpotPriceHistory"] = lambda _: {"SpotPriceHistory": history}
+    aws.up(STACK, yes=True)
+    (head,) = (node for node in aws.status(STACK).nodes)
+    assert head.zone == "us-west-2c"
+    subnets = boto3.client("ec2").describe_subnets()["Subnets"]
+    zone_of = {subnet["SubnetId"]: subnet["AvailabilityZone"] for subnet in subnets}
+    config = yaml.safe_load(aws._folder(STACK).cluster.read_text())["available_node_types"]["l4-spot"]
+    tried = [zone_of[subnet] for subnet in config["node_config"]["SubnetIds"]]
+    assert tried == ["us-west-2c", "us-west-2d", "us-west-2a", "us-west-2b"]
+
+
+@pytest.mark.parametrize(
+    ("stack", "told"),
+    [
+        (replace(STACK, budget=Budget(max_hourly_usd=4)), "budget.max_hourly_usd: 4 is less than 4.90 "),
+        (replace(STACK, zones=("us-west-2a", "us-west-2z")), "zones: 'us-west-2z' has no default subnet"),
+        (replace(STACK, head=replace(STACK.head, type="m7g.large")), "head: m7g.large is arm64"),
+        (replace(STACK, head=replace(STACK.head, type="m7i.larg")), "m7i.larg is no machine type"),
+        (replace(STACK, storage=Storage(bucket="not-there")), "storage.bucket: 'not-there' does not exist"),
+    ],
+)
+def test_up_refuses_before_anything_is_made(fake: FakeAws, stack: Stack, told: str) -> None:
+    with pytest.raises(Refused, match=told):
+        aws.up(stack, yes=True)
+    assert fake.changes == []
+
+
+def test_a_quota_counts_what_others_run_and_says_how_to_raise_it(fake: FakeAws) -> None:
+    fake.answers["GetServiceQuota"] = lambda _: {"Quota": {"Value": 8.0}}
+    aws.up(replace(STACK, workers=()), yes=True)
+    ec2 = boto3.client("ec2")
+    ec2.run_instances(ImageId="ami-1", InstanceType="g6.xlarge", MinCount=1, MaxCount=1)
+    problems = aws.plan(replace(STACK, workers=STACK.workers[1:])).problems
+    assert len(problems) == 1
+    assert "may need 8 vCPUs of G and VT on-demand machines, and 4 of 8 are free" in problems[0]
+    assert "--quota-code L-DB2E81BA --desired-value 12" in problems[0]
+
+
+def test_up_asks_before_it_begins(fake: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refused, match="--yes"):
+        aws.up(STACK, yes=False)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: "n")
+    with pytest.raises(Refused, match="nothing was done"):
+        aws.up(STACK, yes=False)
+    assert fake.changes == []
+
+
+def test_a_bucket_of_the_user_is_used_as_it_is_and_never_deleted(fake: FakeAws) -> None:
+    place = {"LocationConstraint": REGION}
+    boto3.client("s3").create_bucket(Bucket="mine", CreateBucketConfiguration=place)
+    stack = replace(STACK, storage=Storage(bucket="mine"))
+    aws.up(stack, yes=True)
+    assert not [
+        name for name in fake.changes if name.startswith("PutBucket") or name == "PutPublicAccessBlock"
+    ]
+    assert "s3://mine" in aws._folder(stack).cluster.read_text()
+    assert aws.down(stack, yes=True, delete_data=True) == []
+    assert inventory() == {ACCOUNTS_OWN: 1, "bucket mine": 1}
+
+
+def test_down_ends_all_of_a_stack_and_nothing_of_another(fake: FakeAws) -> None:
+    aws.up(OTHER, yes=True)
+    launch_worker(OTHER)
+    others = inventory()
+    aws.up(STACK, yes=True)
+    stopped, _ = launch_worker(STACK), launch_worker(STACK)
+    boto3.client("ec2").stop_instances(InstanceIds=[stopped])
+    ec2 = boto3.client("ec2")
+    tag = {"ResourceType": "volume", "Tags": [{"Key": "gdl-ray:stack", "Value": "demo"}]}
+    ec2.create_volume(AvailabilityZone="us-west-2a", Size=1, TagSpecifications=[tag])
+    assert aws.down(STACK, yes=True) == []
+    bucket = next(name for name in inventory() if name.startswith("bucket gdl-demo"))
+    assert inventory() == others + type(others)([bucket])
+    assert not aws._folder(STACK).path.exists()
+    fake.calls.clear()
+    assert aws.down(STACK, yes=True) == []
+    assert fake.changes == []
+    assert ("down", "-y", str(aws._folder(STACK).cluster)) in fake.ray
+
+
+def test_down_deletes_the_bucket_with_every_version_where_asked(fake: FakeAws) -> None:
+    aws.up(STACK, yes=True, foundation_only=True)
+    s3 = boto3.client("s3")
+    (bucket,) = (each["Name"] for each in s3.list_buckets()["Buckets"])
+    for body in (b"old", b"new"):
+        s3.put_object(Bucket=bucket, Key="runs/model", Body=body)
+    s3.delete_object(Bucket=bucket, Key="runs/model")
+    s3.create_multipart_upload(Bucket=bucket, Key="runs/half")
+    assert aws.down(STACK, yes=True) == []
+    assert f"bucket {bucket}" in inventory()
+    assert aws.down(STACK, yes=True, delete_data=True) == []
+    assert inventory() == {ACCOUNTS_OWN: 1}
+
+
+def test_down_names_what_it_cannot_end(fake: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
+    aws.up(STACK, yes=True, foundation_only=True)
+    monkeypatch.setattr("infra.aws_teardown.PATIENCE_S", 0)
+    fake.answers["DeleteSecurityGroup"] = error("DependencyViolation", "has a dependent object")
+    (left,) = aws.down(STACK, yes=True)
+    assert left.startswith("security group sg-")
+    assert aws._folder(STACK).key.exists()  # for the next try
+    del fake.answers["DeleteSecurityGroup"]
+    assert aws.down(STACK, yes=True) == []
+
+
+def test_status_tells_nodes_costs_drift_and_orphans(fake: FakeAws) -> None:
+    assert aws.status(STACK).lines() == ["no nodes"]
+    aws.up(STACK, yes=True)
+    worker = launch_worker(STACK)
+    status = aws.status(STACK)
+    assert [(node.type, node.state) for node in status.nodes] == [
+        ("m7i.large", "running"),
+        ("g6.xlarge", "running"),
+    ]
+    ends = datetime.fromisoformat(status.expires_at) - datetime.now(UTC)
+    assert timedelta(hours=11.9) < ends <= timedelta(hours=12)
+    assert (status.drift, status.orphans) == ([], [])
+    ec2 = boto3.client("ec2")
+    (group,) = ec2.describe_security_groups(GroupNames=["gdl-ray-demo"])["SecurityGroups"]
+    ec2.authorize_security_group_ingress(
+        GroupId=group["GroupId"], IpProtocol="tcp", FromPort=8265, ToPort=8265, CidrIp="0.0.0.0/0"
+    )
+    head = next(node.name.split()[1] for node in status.nodes if node.name.startswith("head"))
+    ec2.terminate_instances(InstanceIds=[head])
+    status = aws.status(STACK)
+    assert status.drift == ["close security group gdl-ray-demo: tcp 8265 from 0.0.0.0/0, which is not ours"]
+    assert status.orphans == [f"l4 {worker} (g6.xlarge, running) has no head"]
+
+
+def test_cost_so_far_is_age_times_price(fake: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
+    aws.up(STACK, yes=True)
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Later":
+            return super().now(tz) + timedelta(hours=5)
+
+    monkeypatch.setattr(aws, "datetime", Later)
+    status = aws.status(STACK)
+    assert status.usd_so_far == pytest.approx(0.5, rel=1e-2)
+    assert status.nodes[0].age_h == pytest.approx(5, rel=1e-2)
+
+
+def test_gc_ends_what_is_over_and_spares_what_runs(fake: FakeAws) -> None:
+    aws.up(STACK, yes=True)
+    aws.up(OTHER, yes=True)
+    launch_worker(OTHER)
+    ec2 = boto3.client("ec2")
+    ours = [{"Name": "tag:gdl-ray:stack", "Values": ["other"]}]
+    groups = [each["GroupId"] for each in ec2.describe_security_groups(Filters=ours)["SecurityGroups"]]
+    nodes = [
+        each["InstanceId"]
+        for group in ec2.describe_instances(Filters=ours)["Reservations"]
+        for each in group["Instances"]
+    ]
+    nodes += [each["VolumeId"] for each in ec2.describe_volumes(Filters=ours)["Volumes"]]
+    before = inventory()
+    assert aws.gc(regions=[REGION]) == []
+    past = {"Key": "gdl-ray:expires-at", "Value": "2026-01-01T00:00:00Z"}
+    ec2.create_tags(Resources=[*groups, *nodes], Tags=[past])
+    listed = aws.gc(regions=[REGION])
+    assert len([line for line in listed if line.startswith("instance i-")]) == 2
+    assert inventory() == before
+    assert aws.gc(regions=[REGION], yes=True) == []
+    left = {name: count for name, count in before.items() if "other" not in name or name.startswith("bucket")}
+    assert inventory() == left
+
+
+def test_gc_finds_what_a_down_that_was_cut_short_has_left_in_any_region(fake: FakeAws) -> None:
+    aws.up(STACK, yes=True, foundation_only=True)
+    regions = [{"RegionName": name} for name in ("eu-west-1", REGION)]
+    fake.answers["DescribeRegions"] = lambda _: {"Regions": regions}
+    fake.answers["DeleteRolePolicy"] = error("Throttling")
+    with pytest.raises(Refused):
+        aws.down(STACK, yes=True)
+    del fake.answers["DeleteRolePolicy"]
+    assert len(aws.gc()) == 4
+    assert aws.gc(yes=True) == []
+    assert not any(name.startswith(("role gdl", "profile", "key")) for name in inventory())
+
+
+@pytest.mark.parametrize("access", [Access(mode="ssh", cidr="198.51.100.4/32"), Access(mode="ssm")])
+def test_the_tunnel_is_one_that_ssh_takes(fake: FakeAws, access: Access) -> None:
+    stack = replace(STACK, access=access)
+    with pytest.raises(Refused, match="no head"):
+        aws.tunnel_command(stack)
+    aws.up(stack, yes=True)
+    command = aws.tunnel_command(stack)
+    shown = subprocess.run(
+        [command[0], "-G", *command[1:]], capture_output=True, text=True, check=True
+    ).stdout
+    settings = dict(line.split(" ", 1) for line in shown.splitlines() if " " in line)
+    assert settings["user"] == "ubuntu"
+    assert settings["exitonforwardfailure"] == "yes"
+    forwards = {line for line in shown.splitlines() if line.startswith("localforward")}
+    assert forwards == {f"localforward [127.0.0.1]:{port} [127.0.0.1]:{port}" for port in (8265, 5000, 8000)}
+    if access.mode == "ssm":
+        assert settings["hostname"].startswith("i-")
+        assert "start-session" in settings["proxycommand"]
+        aws._folder(stack).key.unlink()
+        with pytest.raises(Refused, match="another machine"):
+            aws.tunnel_command(stack)
+
+
+def test_ray_that_fails_is_explained(fake: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = "botocore.exceptions.ClientError: An error occurred (InsufficientInstanceCapacity) when calling"
+    monkeypatch.setattr(aws_launch, "ray", lambda *_: (1, shown))
+    with pytest.raises(Refused, match="AWS has no such machine free now"):
+        aws.up(STACK, yes=True)
+    monkeypatch.setattr(aws_launch, "ray", lambda *_: (1, "no idea"))
+    with pytest.raises(Refused, match=r"launched no head .*run `up` again"):
+        aws.up(STACK, yes=True)
