@@ -73,8 +73,8 @@ def up(stack: Stack, *, yes: bool, foundation_only: bool = False, restart: bool 
         for _ in range(ROUNDS):
             if not view.steps:
                 return
-            for step in view.steps:
-                print(f"  {step.what}", flush=True)
+            for number, step in enumerate(view.steps, 1):
+                print(f"[{number}/{len(view.steps)}] {step.what}", flush=True)
                 step.do()
             view = _look(stack, survey=view.survey, foundation_only=foundation_only)
         raise Refused(

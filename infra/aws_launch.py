@@ -42,7 +42,7 @@ def steps(cloud: Cloud, stack: Stack, survey: Survey, folder: Folder, *, restart
         call = partial(launch, no_restart=False)
         return [
             *_pins(cloud, stack, survey),
-            Step(f"launch the head, a {stack.head.type}, with `ray up`", call),
+            Step(f"launch the head ({stack.head.type}) with `ray up`", call),
         ]
     if head.tags.get("ray-node-status") != SET_UP:
         return [Step(f"set up head {head.id}, which was left unfinished", partial(launch, no_restart=False))]

@@ -5,6 +5,7 @@ which asks by itself and not through the code under test.
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -130,8 +131,7 @@ def fake_aws(home: Path) -> Iterator[FakeAws]:
         "GetParameter": lambda _: {"Parameter": {"Value": IMAGE}},
     }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(home).items():
-            patch.setenv(name, value)
+        set_environment(patch, home)
         patch.setattr(boto3, "DEFAULT_SESSION", _session())
         patch.setattr(_Hooks, "fake", fake)
         patch.setattr(Cloud, "client", lambda cloud, name, region=None: _client(name, region or cloud.region))
@@ -168,17 +168,23 @@ def _session() -> Any:
     return session
 
 
-@cache
 def _client(service: str, region: str) -> Any:
-    return _session().client(service, region_name=region, config=RETRIES)
+    return _client_of(service, region, os.environ.get("AWS_ENDPOINT_URL"))
+
+
+@cache
+def _client_of(service: str, region: str, endpoint: str | None) -> Any:
+    return _session().client(service, region_name=region, endpoint_url=endpoint, config=RETRIES)
 
 
 _private_key = cache(generate_private_key)
 
 
-def environment(home: Path) -> dict[str, str]:
-    """Make the environment in which only this AWS is known."""
-    return {
+def set_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
+    """Make the environment one in which no real AWS is known."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION"):
+        patch.delenv(name, raising=False)
+    values = {
         "HOME": str(home),
         "GDL_RAY_HOME": str(home / "gdl"),
         "AWS_ACCESS_KEY_ID": "testing",
@@ -189,6 +195,8 @@ def environment(home: Path) -> dict[str, str]:
         "AWS_DEFAULT_REGION": REGION,
         "MOTO_EC2_LOAD_DEFAULT_AMIS": "false",  # thousands, made anew each time
     }
+    for name, value in values.items():
+        patch.setenv(name, value)
 
 
 def launcher(fake: FakeAws, *arguments: str) -> tuple[int, str]:
