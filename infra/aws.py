@@ -104,6 +104,7 @@ def _look(
 def _plan(stack: Stack, view: View, job: Job | None) -> Plan:
     survey = view.survey
     problems = [
+        *aws_launch.tools_missing(stack),
         *survey.problems,
         *preflight.budget_problems(stack, survey),
         *preflight.permission_problems(view.cloud, stack, survey),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,12 +47,34 @@ def steps(cloud: Cloud, stack: Stack, survey: Survey, folder: Folder, *, restart
         ]
     if head.tags.get("ray-node-status") != SET_UP:
         return [Step(f"set up head {head.id}, which was left unfinished", partial(launch, no_restart=False))]
+    want, have = _digest(render(cloud, stack, survey, folder, code=folder.pack())), head.tags.get(CONFIG, "")
+    of_head = want.partition("-")[0]
+    if have and not have.startswith(of_head):
+        if not restart:
+            raise Refused(
+                f"head {head.id} is of another kind than the stack now says, and Ray would replace it: jobs "
+                "end and its disk goes, with MLflow's runs; to do so give --restart, else undo the change"
+            )
+        call = partial(launch, no_restart=False)
+        return [Step(f"replace head {head.id} with another, which ends the jobs that run", call)]
     if restart:
         call = partial(launch, no_restart=False)
         return [Step(f"start Ray on head {head.id} again, which ends the jobs that run", call)]
-    if head.tags.get(CONFIG) != _digest(render(cloud, stack, survey, folder, code=folder.pack())):
+    if have != want:
         return [Step(f"update head {head.id}, on which jobs go on", partial(launch, no_restart=True))]
     return []
+
+
+def tools_missing(stack: Stack) -> list[str]:
+    """Name the programs that `ray up` calls and that are not on this machine, with what to do about it."""
+    tools = {"ssh": "OpenSSH's client", "ssh-keygen": "OpenSSH's client", "rsync": "rsync"}
+    if stack.access.mode == "ssm":
+        tools |= {"aws": "AWS's command line", "session-manager-plugin": "its Session Manager plugin"}
+    return [
+        f"{tool} is not on this machine: install {what}"
+        for tool, what in tools.items()
+        if shutil.which(tool) is None
+    ]
 
 
 def fit(cloud: Cloud, stack: Stack, survey: Survey, folder: Folder, job: Job) -> cluster.Fit:
@@ -92,7 +115,9 @@ def ray(*arguments: str) -> tuple[int, str]:
     Returns:
         Its exit code, and the last of its output.
     """
-    command = [str(Path(sys.executable).with_name("ray")), *arguments]
+    verb, *rest = arguments
+    style = ["--log-style", "pretty", "--log-color", "false"]
+    command = [str(Path(sys.executable).with_name("ray")), verb, *style, *rest]
     env = os.environ | {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     last: deque[str] = deque(maxlen=400)
     with subprocess.Popen(  # noqa: S603
@@ -171,5 +196,11 @@ def _wait_for_profile(cloud: Cloud, node_config: dict[str, Any]) -> None:
 
 
 def _digest(rendered: dict[str, Any]) -> str:
-    """Sum up a cluster file in 16 letters."""
-    return hashlib.sha256(json.dumps(rendered, sort_keys=True).encode()).hexdigest()[:16]
+    """Sum up what Ray knows the head by, and the whole cluster file: 16 letters each, with a dash between.
+
+    Ray replaces a head whose description or login differs; where its key lies on this machine does not count.
+    """
+    login = {key: value for key, value in rendered["auth"].items() if key != "ssh_private_key"}
+    head = rendered["available_node_types"][rendered["head_node_type"]]["node_config"]
+    parts = [json.dumps(part, sort_keys=True).encode() for part in ([head, login], rendered)]
+    return "-".join(hashlib.sha256(part).hexdigest()[:16] for part in parts)

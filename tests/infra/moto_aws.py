@@ -139,6 +139,7 @@ def fake_aws(home: Path) -> Iterator[FakeAws]:
         patch.setattr(aws, "caller_cidr", lambda: ADDRESS)
         patch.setattr(aws_teardown, "PAUSE_S", 0)
         patch.setattr(aws_launch, "ray", lambda *arguments: launcher(fake, *arguments))
+        patch.setattr(aws_launch, "tools_missing", lambda stack: [])
         patch.setattr(Folder, "pack", lambda folder: "0123456789ab")
         patch.setattr(cluster, "validate", lambda rendered: [])
         with mock_aws():

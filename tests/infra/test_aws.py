@@ -159,6 +159,19 @@ def test_a_change_of_the_stack_updates_the_head_and_restarts_nothing(fake: FakeA
     assert "--no-restart" not in fake.ray[1]
 
 
+def test_a_head_of_another_kind_is_replaced_only_where_asked(fake: FakeAws) -> None:
+    """Ray itself would end it without a word, and with it what is on its disk."""
+    aws.up(STACK, yes=True)
+    fake.ray.clear()
+    larger = replace(STACK, head=replace(STACK.head, type="m7i.xlarge"), budget=Budget(max_hourly_usd=99))
+    with pytest.raises(Refused, match=r"Ray would replace it.*--restart"):
+        aws.up(larger, yes=True)
+    assert fake.ray == []
+    assert any(
+        step.startswith("replace head") for step in (s.what for s in aws._look(larger, restart=True).steps)
+    )
+
+
 def test_nodes_keep_image_zones_and_expiry_while_the_head_runs(fake: FakeAws) -> None:
     """Other ones would be another head to Ray, which would end the one that runs."""
     aws.up(STACK, yes=True)
