@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from infra import aws_launch, aws_teardown, preflight
-from infra.aws_cloud import EXPIRES, IMAGE, ZONES, Cloud, Machine, Step, tags_of
+from infra.aws_cloud import EXPIRES, ZONES, Cloud, Machine, Step, tags_of
 from infra.aws_errors import explained
 from infra.aws_foundation import steps
 from infra.folder import Folder
@@ -93,8 +93,9 @@ def _look(
     cloud = Cloud(stack.stack, stack.region)
     folder = _folder(stack)
     head = cloud.head()
-    pins = tags_of(next(iter(cloud.groups()), {})) if head else {}
-    survey = survey or preflight.survey(cloud, stack, pins.get(IMAGE, ""), pins.get(ZONES, "").split())
+    if survey is None:
+        zones = tags_of(cloud.group() or {}).get(ZONES, "") if head else ""
+        survey = preflight.survey(cloud, stack, head.image if head else "", zones.split())
     todo = steps(cloud, stack, folder.key, _cidr(stack))
     if not foundation_only:
         todo += aws_launch.steps(cloud, stack, survey, folder, restart=restart)
@@ -292,12 +293,12 @@ def down(stack: Stack, *, yes: bool, delete_data: bool = False) -> list[str]:
 
 
 def gc(*, regions: Sequence[str] = (), expired: bool = True, yes: bool = False) -> list[str]:
-    """Find what stacks have left behind, and end it.
+    """Find what stacks have left behind, and end it after asking; where nobody is to be asked, only find it.
 
     Args:
         regions: Where to look; all regions of the account when empty.
         expired: Only stacks whose time is over, and remains of a `down` that was cut short.
-        yes: End them; else they are only listed.
+        yes: End it without asking.
 
     Returns:
         What is left, a line for each.
@@ -305,18 +306,20 @@ def gc(*, regions: Sequence[str] = (), expired: bool = True, yes: bool = False) 
     Raises:
         Refused: AWS could not be asked, or does not allow it.
     """
-    left: list[str] = []
     with explained():
-        for region in regions or aws_teardown.regions():
-            for name, expires in sorted(aws_teardown.stacks_in(region).items()):
-                if expired and expires > datetime.now(UTC):
-                    continue
-                cloud = Cloud(name, region)
-                if yes:
-                    left += aws_teardown.end(cloud, delete_data=False, tell=_tell)
-                else:
-                    left += aws_teardown.remaining(cloud, with_data=False)
-    return left
+        clouds = [
+            Cloud(name, region)
+            for region in regions or aws_teardown.regions()
+            for name, expires in sorted(aws_teardown.stacks_in(region).items())
+            if not expired or expires < datetime.now(UTC)
+        ]
+        found = [line for cloud in clouds for line in aws_teardown.remaining(cloud, with_data=False)]
+        print("\n".join(f"  {line}" for line in found) or "  nothing was left behind", flush=True)
+        if not found or not (yes or sys.stdin.isatty()):
+            return found
+        _confirm("End all of this?", yes)
+        ended = [aws_teardown.end(cloud, delete_data=False, tell=_tell) for cloud in clouds]
+    return [line for left in ended for line in left]
 
 
 def _tell(line: str) -> None:

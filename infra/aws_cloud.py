@@ -6,7 +6,7 @@ so what was interrupted, on whatever machine, is found again.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
 
@@ -134,14 +134,18 @@ class Cloud:
         pages = self.ec2.get_paginator("describe_volumes").paginate(Filters=filters)
         return [volume["VolumeId"] for page in pages for volume in page["Volumes"]]
 
+    def group(self) -> dict[str, Any] | None:
+        """Find the security group that nodes of the stack are in."""
+        return next((group for group in self.groups() if group["GroupName"] == self.cluster), None)
+
     def groups(self) -> list[dict[str, Any]]:
-        """List the security groups of the stack, as EC2 describes them: one, or none."""
+        """List the security groups with the stack's tag, as EC2 describes them."""
         answer = self.ec2.describe_security_groups(Filters=[tag_filter(self.name)])
         found: list[dict[str, Any]] = answer["SecurityGroups"]
         return found
 
     def key_pairs(self) -> list[dict[str, Any]]:
-        """List the key pairs of the stack, with their public half: one, or none."""
+        """List the key pairs with the stack's tag, and their public halves."""
         filters = [tag_filter(self.name)]
         answer = self.ec2.describe_key_pairs(Filters=filters, IncludePublicKey=True)
         found: list[dict[str, Any]] = answer["KeyPairs"]
@@ -150,6 +154,11 @@ class Cloud:
     def bucket_exists(self, name: str) -> bool:
         """Tell whether there is a bucket of that name, and it is this account's."""
         return absent_is_none(self.s3.head_bucket, Bucket=name, ExpectedBucketOwner=self.account) is not None
+
+
+def expiry(ttl_hours: float) -> str:
+    """Tell when what is made now expires, as the tags have it."""
+    return (datetime.now(UTC) + timedelta(hours=ttl_hours)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def tag_filter(name: str) -> dict[str, Any]:

@@ -10,13 +10,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from infra import aws_network
 from infra.aws_cloud import (
-    EXPIRES,
     KINDS,
     OWNER,
     PATH,
@@ -91,13 +90,6 @@ SETTINGS = (
     ),
 )
 
-Rule = tuple[bool, str, int, int, str]
-"""Of a security group: outward, protocol and first and last port (-1 for all), and the other side."""
-ANYWHERE = "0.0.0.0/0"
-SELF = "itself"
-INSIDE: Rule = (False, "-1", -1, -1, SELF)
-OUTWARD: Rule = (True, "-1", -1, -1, ANYWHERE)
-
 
 def steps(cloud: Cloud, stack: Stack, key: Path, cidr: str) -> list[Step]:
     """List what is to be done until bucket, roles, key and security group are as the stack says.
@@ -113,7 +105,7 @@ def steps(cloud: Cloud, stack: Stack, key: Path, cidr: str) -> list[Step]:
     """
     tags = {TAG: stack.stack, OWNER: stack.owner}
     return [
-        *_group(cloud, stack, cidr, tags),  # first, because it alone says when all of it expires
+        *aws_network.steps(cloud, stack, cidr, tags),  # first, because it alone says when all of it expires
         *_bucket(cloud, stack, tags),
         *_roles(cloud, stack, tags),
         *_spot(cloud, stack),
@@ -148,6 +140,7 @@ def _bucket(cloud: Cloud, stack: Stack, tags: dict[str, str]) -> Iterator[Step]:
 def _create_bucket(cloud: Cloud, name: str) -> None:
     place = {"CreateBucketConfiguration": {"LocationConstraint": cloud.region}}
     cloud.s3.create_bucket(Bucket=name, **({} if cloud.region == "us-east-1" else place))
+    cloud.s3.get_waiter("bucket_exists").wait(Bucket=name)
 
 
 def matches(want: object, have: object) -> bool:
@@ -193,9 +186,7 @@ def _role(cloud: Cloud, name: str, document: dict[str, Any], tags: dict[str, str
             "Tags": tag_list(tags),
             "Description": f"{TAG}={cloud.name}",
         }
-        yield Step(
-            f"create role {name}", partial(iam.create_role, AssumeRolePolicyDocument=trust, **arguments)
-        )
+        yield Step(f"create role {name}", partial(_create_role, cloud, arguments))
     else:
         if role["Role"]["AssumeRolePolicyDocument"] != TRUST:
             call = partial(iam.update_assume_role_policy, RoleName=name, PolicyDocument=trust)
@@ -209,6 +200,18 @@ def _role(cloud: Cloud, name: str, document: dict[str, Any], tags: dict[str, str
             iam.put_role_policy, RoleName=name, PolicyName=POLICY, PolicyDocument=json.dumps(document)
         )
         yield Step(f"set what role {name} may do", call)
+
+
+def _create_role(cloud: Cloud, arguments: dict[str, Any]) -> None:
+    """Make a role, and wait until IAM, which is in many places, knows it in this one."""
+    cloud.iam.create_role(AssumeRolePolicyDocument=json.dumps(TRUST), **arguments)
+    cloud.iam.get_waiter("role_exists").wait(RoleName=arguments["RoleName"])
+
+
+def _create_profile(cloud: Cloud, arguments: dict[str, Any]) -> None:
+    cloud.iam.create_instance_profile(**arguments)
+    name = arguments["InstanceProfileName"]
+    cloud.iam.get_waiter("instance_profile_exists").wait(InstanceProfileName=name)
 
 
 def _strangers(cloud: Cloud, name: str) -> Iterator[Step]:
@@ -229,7 +232,7 @@ def _profile(cloud: Cloud, name: str, tags: dict[str, str]) -> Iterator[Step]:
     roles = [role["RoleName"] for role in profile["InstanceProfile"]["Roles"]] if profile else []
     if profile is None:
         arguments = {"InstanceProfileName": name, "Path": PATH, "Tags": tag_list(tags)}
-        yield Step(f"create instance profile {name}", partial(iam.create_instance_profile, **arguments))
+        yield Step(f"create instance profile {name}", partial(_create_profile, cloud, arguments))
     for role in roles:
         if role != name:
             call = partial(iam.remove_role_from_instance_profile, InstanceProfileName=name, RoleName=role)
@@ -301,99 +304,3 @@ def _ssh_keygen(*arguments: str) -> str:
 def _halves(public: str) -> list[str]:
     """Keep the type and the key itself of a public key; what follows is a comment."""
     return public.split()[:2]
-
-
-def _group(cloud: Cloud, stack: Stack, cidr: str, tags: dict[str, str]) -> Iterator[Step]:
-    name = cloud.cluster
-    want = {INSIDE, OUTWARD}
-    if stack.access.mode == "ssh":
-        want.add((False, "tcp", 22, 22, cidr))
-    group = next(iter(cloud.groups()), None)
-    have = {OUTWARD: ""} if group is None else _rules(cloud, group["GroupId"])
-    if group is None:
-        yield Step(f"create security group {name}", partial(_create_group, cloud, tags, stack.ttl_hours))
-    elif not tags.items() <= tags_of(group).items():
-        call = partial(cloud.ec2.create_tags, Resources=[group["GroupId"]], Tags=tag_list(tags))
-        yield Step(f"tag security group {name}", call)
-    for rule in sorted(want - have.keys()):
-        yield Step(f"open security group {name}: {told(rule)}", partial(_open, cloud, rule))
-    for rule in sorted(have.keys() - want):
-        call = partial(_close, cloud, rule[0], have[rule])
-        yield Step(f"close security group {name}: {told(rule)}, which is not ours", call)
-
-
-def told(rule: Rule) -> str:
-    """Tell a rule of a security group: `tcp 22 from 203.0.113.7/32`."""
-    outward, protocol, first, last, other = rule
-    ports = "" if first == -1 else f" {first}" if first == last else f" {first}-{last}"
-    return f"{'everything' if protocol == '-1' else protocol}{ports} {'to' if outward else 'from'} {other}"
-
-
-def _rules(cloud: Cloud, group: str) -> dict[Rule, str]:
-    """List the rules of a security group, with the id of each."""
-    filters = [{"Name": "group-id", "Values": [group]}]
-    pages = cloud.ec2.get_paginator("describe_security_group_rules").paginate(Filters=filters)
-    described = [rule for page in pages for rule in page["SecurityGroupRules"]]
-    return {_rule(rule, group): rule["SecurityGroupRuleId"] for rule in described}
-
-
-def _rule(described: dict[str, Any], group: str) -> Rule:
-    other = described.get("ReferencedGroupInfo", {}).get("GroupId")
-    source = SELF if other == group else other
-    for name in ("CidrIpv4", "CidrIpv6", "PrefixListId"):
-        source = source or described.get(name)
-    ports = described.get("FromPort", -1), described.get("ToPort", -1)
-    return described["IsEgress"], described["IpProtocol"], *ports, str(source)
-
-
-def expiry(ttl_hours: float) -> str:
-    """Tell when what is made now expires, as the tags have it."""
-    return (datetime.now(UTC) + timedelta(hours=ttl_hours)).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _create_group(cloud: Cloud, tags: dict[str, str], ttl_hours: float) -> None:
-    tags = tags | {EXPIRES: expiry(ttl_hours)}
-    specification = {"ResourceType": "security-group", "Tags": tag_list(tags)}
-    cloud.ec2.create_security_group(
-        GroupName=cloud.cluster,
-        Description=f"Nodes of the stack {cloud.name}: open to each other alone",
-        VpcId=default_vpc(cloud),
-        TagSpecifications=[specification],
-    )
-
-
-def default_vpc(cloud: Cloud) -> str:
-    """Find the network that nodes are put in.
-
-    Raises:
-        Refused: The account has none in this region.
-    """
-    vpcs = cloud.ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
-    if not vpcs:
-        raise Refused(
-            f"region {cloud.region} has no default network: make one with "
-            f"`aws ec2 create-default-vpc --region {cloud.region}`, or choose another region"
-        )
-    return str(vpcs[0]["VpcId"])
-
-
-def _open(cloud: Cloud, rule: Rule) -> None:
-    (group,) = cloud.groups()
-    outward, protocol, first, last, other = rule
-    permission: dict[str, Any] = {"IpProtocol": protocol}
-    if first != -1:
-        permission |= {"FromPort": first, "ToPort": last}
-    if other == SELF:
-        permission["UserIdGroupPairs"] = [{"GroupId": group["GroupId"]}]
-    else:
-        permission["IpRanges"] = [{"CidrIp": other}]
-    ec2 = cloud.ec2
-    authorize = ec2.authorize_security_group_egress if outward else ec2.authorize_security_group_ingress
-    authorize(GroupId=group["GroupId"], IpPermissions=[permission])
-
-
-def _close(cloud: Cloud, outward: bool, rule_id: str) -> None:
-    (group,) = cloud.groups()
-    ec2 = cloud.ec2
-    revoke = ec2.revoke_security_group_egress if outward else ec2.revoke_security_group_ingress
-    revoke(GroupId=group["GroupId"], SecurityGroupRuleIds=[rule_id])

@@ -16,10 +16,10 @@ from typing import Any
 
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
-from infra import aws_teardown, cluster
-from infra.aws_cloud import CONFIG, EXPIRES, IMAGE, PATH, ZONES, Cloud, Step, tag_list, tags_of
+from infra import aws_network, aws_teardown, cluster
+from infra.aws_cloud import CONFIG, EXPIRES, IMAGE, PATH, ZONES, Cloud, Step, expiry, tag_list, tags_of
 from infra.aws_errors import code_of, explain_output
-from infra.aws_foundation import bucket_name, expiry
+from infra.aws_foundation import bucket_name
 from infra.folder import Folder
 from infra.nodes import Facts, Machine
 from infra.plan import Job, Refused
@@ -84,7 +84,8 @@ def fit(cloud: Cloud, stack: Stack, survey: Survey, folder: Folder, job: Job) ->
 
 def render(cloud: Cloud, stack: Stack, survey: Survey, folder: Folder, *, code: str) -> dict[str, Any]:
     """Render the cluster file from what was made and found; what is not made yet has a name in its place."""
-    group = next(iter(cloud.groups()), {})
+    group, head = cloud.group() or {}, cloud.head()
+    lasting = head.tags if head else tags_of(group)
     partition = cloud.ec2.meta.partition
     profile = f"arn:{partition}:iam::{cloud.account}:instance-profile{PATH}"
     types = {"head": stack.head.type} | {workers.name: workers.type for workers in stack.workers}
@@ -98,7 +99,7 @@ def render(cloud: Cloud, stack: Stack, survey: Survey, folder: Folder, *, code: 
             for name, each in survey.machines.items()
         },
         bucket=f"s3://{bucket_name(cloud, stack)}",
-        expires_at=tags_of(group).get(EXPIRES, expiry(stack.ttl_hours)),
+        expires_at=lasting.get(EXPIRES) or expiry(stack.ttl_hours),
         zones=zones,
         key_name=cloud.cluster,
         subnet_ids={name: tuple(survey.subnets[zone] for zone in zones[name]) for name in types},
@@ -136,16 +137,15 @@ def ray(*arguments: str) -> tuple[int, str]:
 
 def _pins(cloud: Cloud, stack: Stack, survey: Survey) -> Iterator[Step]:
     """Write on the security group what the next head is launched with, unless that was done just now."""
-    tags = tags_of(next(iter(cloud.groups()), {}))
+    tags = tags_of(cloud.group() or {})
     pins = {IMAGE: survey.image, ZONES: " ".join(survey.subnets)}
     lasts = aws_teardown.moment(tags.get(EXPIRES, "")) - datetime.now(UTC)
     if pins.items() <= tags.items() and lasts > timedelta(hours=stack.ttl_hours) - JUST_NOW:
         return
 
     def pin() -> None:
-        (group,) = cloud.groups()
         now = pins | {EXPIRES: expiry(stack.ttl_hours)}
-        cloud.ec2.create_tags(Resources=[group["GroupId"]], Tags=tag_list(now))
+        cloud.ec2.create_tags(Resources=[aws_network.group_id(cloud)], Tags=tag_list(now))
 
     yield Step(f"settle image {pins[IMAGE]}, zones {pins[ZONES]}, {stack.ttl_hours:g} hours to live", pin)
 

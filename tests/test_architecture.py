@@ -91,6 +91,7 @@ TESTED_ELSEWHERE = {
     "infra.gcp_machine": "tests/infra/test_gcp.py makes one, in several zones",
     "infra.__main__": "tests/infra/test_local.py runs its verbs",
     "infra.aws_cloud": "names and questions: tests/infra/test_aws.py finds what was made by them",
+    "infra.aws_network": "tests/infra/test_aws_foundation.py opens and closes ports by hand",
     "infra.aws_teardown": "tests/infra/test_aws.py ends stacks with it, wherever it is interrupted",
     "serve.directory": "tests/serve/test_shelf.py resolves names by it",
     "serve.encoding": "tests/serve/test_app.py reads what it writes",

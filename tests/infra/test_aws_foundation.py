@@ -12,7 +12,8 @@ import pytest
 
 from infra import aws_foundation
 from infra.aws_cloud import Cloud
-from infra.aws_foundation import SETTINGS, default_vpc, make_key, matches, public_key
+from infra.aws_foundation import SETTINGS, make_key, matches, public_key
+from infra.aws_network import default_vpc
 from infra.plan import Refused
 from infra.stack import Access
 from tests.infra.moto_aws import ADDRESS, REGION, STACK, FakeAws, fake_aws, inventory
