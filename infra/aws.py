@@ -281,9 +281,10 @@ def down(stack: Stack, *, yes: bool, delete_data: bool = False) -> list[str]:
     with explained():
         cloud = Cloud(stack.stack, stack.region)
         found = aws_teardown.remaining(cloud, with_data=delete_data)
-        print("\n".join(f"  {line}" for line in found) or f"  nothing of {stack.stack} is left", flush=True)
-        if found:
-            _confirm("End all of this?", yes)
+        if not found:
+            return []
+        print("\n".join(f"  {line}" for line in found), flush=True)
+        _confirm("End all of this?", yes)
         if cloud.head() is not None and _folder(stack).cluster.exists():
             aws_launch.ray("down", "-y", str(_folder(stack).cluster))  # what it does not end, is ended below
         left = aws_teardown.end(cloud, delete_data=delete_data, tell=_tell)
@@ -314,9 +315,9 @@ def gc(*, regions: Sequence[str] = (), expired: bool = True, yes: bool = False) 
             if not expired or expires < datetime.now(UTC)
         ]
         found = [line for cloud in clouds for line in aws_teardown.remaining(cloud, with_data=False)]
-        print("\n".join(f"  {line}" for line in found) or "  nothing was left behind", flush=True)
         if not found or not (yes or sys.stdin.isatty()):
             return found
+        print("\n".join(f"  {line}" for line in found), flush=True)
         _confirm("End all of this?", yes)
         ended = [aws_teardown.end(cloud, delete_data=False, tell=_tell) for cloud in clouds]
     return [line for left in ended for line in left]

@@ -45,6 +45,8 @@ def steps(cloud: Cloud, stack: Stack, survey: Survey, folder: Folder, *, restart
             *_pins(cloud, stack, survey),
             Step(f"launch the head ({stack.head.type}) with `ray up`", call),
         ]
+    if cloud.group() is None:
+        return []  # until the foundation stands again, nothing can be said of the head's file
     if head.tags.get("ray-node-status") != SET_UP:
         return [Step(f"set up head {head.id}, which was left unfinished", partial(launch, no_restart=False))]
     want, have = _digest(render(cloud, stack, survey, folder, code=folder.pack())), head.tags.get(CONFIG, "")

@@ -298,7 +298,7 @@ def _quota_problems(cloud: Cloud, wanted: list[Need], found: Survey) -> Iterator
         code, limit = _quota(cloud, *group)
         needed = sum(need.max * found.machines[need.type].vcpus for need in members)
         free = limit - others.get(group, 0)
-        told = f"{needed} of {free:g} vCPUs free ({code})" if limit >= 0 else "not known"
+        told = f"{needed} of {free:g} vCPUs ({code})" if limit >= 0 else "not known"
         found.quotas |= {need.name: told for need in members}
         if limit >= 0 and needed > free:
             yield (
