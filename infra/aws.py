@@ -200,13 +200,13 @@ def _node(machine: Machine, survey: Survey) -> Node:
 
 def _orphans(cloud: Cloud, machines: Sequence[Machine]) -> list[str]:
     """Tell what costs money for nothing: nodes without a head, stopped or overdue nodes, loose disks."""
-    has_head = any(machine.is_head and machine.runs for machine in machines)
-    found = []
+    heads = [machine for machine in machines if machine.is_head and machine.runs]
+    found = [f"{head.kind} {head.id} ({head.type}, {head.state}) is one head too many" for head in heads[1:]]
     for machine in machines:
         told = f"{machine.kind} {machine.id} ({machine.type}, {machine.state})"
         if machine.state == "stopped":
             found.append(f"{told} is stopped, and its disk is paid for")
-        elif machine.runs and not has_head:
+        elif machine.runs and not heads:
             found.append(f"{told} has no head")
         elif machine.runs and aws_teardown.is_over(machine.tags):
             found.append(f"{told} should have ended at {machine.tags[EXPIRES]}")
@@ -230,7 +230,10 @@ def tunnel(stack: Stack) -> int:
     print(f"export MLFLOW_TRACKING_URI=http://127.0.0.1:{PORTS['mlflow']}")
     print(f"set -a; . {shlex.quote(str(folder.secrets))}; set +a    # MLflow's user and password")
     print(f"Serve: http://127.0.0.1:{PORTS['serve']}; Ctrl-C closes the tunnel", flush=True)
-    return subprocess.call(command)  # noqa: S603
+    try:
+        return subprocess.call(command)  # noqa: S603
+    except KeyboardInterrupt:  # which is how it ends
+        return 0
 
 
 def tunnel_command(stack: Stack) -> list[str]:
@@ -281,13 +284,12 @@ def down(stack: Stack, *, yes: bool, delete_data: bool = False) -> list[str]:
     with explained():
         cloud = Cloud(stack.stack, stack.region)
         found = aws_teardown.remaining(cloud, with_data=delete_data)
-        if not found:
-            return []
-        print("\n".join(f"  {line}" for line in found), flush=True)
-        _confirm("End all of this?", yes)
+        if found:
+            print("\n".join(f"  {line}" for line in found), flush=True)
+            _confirm("End all of this?", yes)
         if cloud.head() is not None and _folder(stack).cluster.exists():
             aws_launch.ray("down", "-y", str(_folder(stack).cluster))  # what it does not end, is ended below
-        left = aws_teardown.end(cloud, delete_data=delete_data, tell=_tell)
+        left = aws_teardown.end(cloud, delete_data=delete_data, tell=_tell) if found else []
     if not left:
         shutil.rmtree(_folder(stack).path, ignore_errors=True)
     return left

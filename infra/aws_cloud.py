@@ -24,6 +24,7 @@ PATH = "/gdl-ray/"
 """Where in IAM roles and instance profiles of all stacks are kept."""
 KINDS = ("head", "worker")
 LIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
+PAID = ("creating", "available", "in-use", "error")
 PRICES_REGION = "us-east-1"
 """One of the few regions that tell prices, those of the others too."""
 RETRIES = Config(retries={"mode": "standard", "total_max_attempts": 8}, connect_timeout=10)
@@ -127,10 +128,9 @@ class Cloud:
         """Find the head that runs."""
         return next((machine for machine in self.machines(("pending", "running")) if machine.is_head), None)
 
-    def volumes(self, states: Sequence[str] = ()) -> list[str]:
-        """List the ids of the stack's disks, in some states or all."""
-        in_states = [{"Name": "status", "Values": list(states)}] if states else []
-        filters = [tag_filter(self.name), *in_states]
+    def volumes(self, states: Sequence[str] = PAID) -> list[str]:
+        """List the ids of the stack's disks in some states; those that are being deleted are not paid for."""
+        filters = [tag_filter(self.name), {"Name": "status", "Values": list(states)}]
         pages = self.ec2.get_paginator("describe_volumes").paginate(Filters=filters)
         return [volume["VolumeId"] for page in pages for volume in page["Volumes"]]
 

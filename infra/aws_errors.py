@@ -44,7 +44,7 @@ MEANINGS = (
         "use `market: on-demand`, or other zones",
     ),
     _meaning(
-        "UnauthorizedOperation AccessDenied AccessDeniedException Client.UnauthorizedOperation",
+        "UnauthorizedOperation AccessDenied AccessDeniedException 403",
         "these credentials may not do that",
         "allow the action named for this user or role, or use credentials that may",
     ),

@@ -30,7 +30,7 @@ PAUSE_S = 5.0
 """Between two looks at what takes its time."""
 PATIENCE_S = 600.0
 """How long to wait for machines to end, and for what they used to be free."""
-STILL_USED = ("DependencyViolation", "VolumeInUse", "DeleteConflict", "InvalidGroup.InUse")
+STILL_USED = ("DependencyViolation", "VolumeInUse", "IncorrectState", "DeleteConflict", "InvalidGroup.InUse")
 GONE = ("InvalidVolume.NotFound", "InvalidGroup.NotFound", "InvalidInstanceID.NotFound", "NoSuchEntity")
 GONE_BUCKET = ("NoSuchBucket", "NoSuchUpload", "404")
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
@@ -63,6 +63,9 @@ def end(cloud: Cloud, *, delete_data: bool, tell: Callable[[str], None] = print)
     if delete_data and cloud.bucket_exists(cloud.bucket):
         tell(f"delete bucket {cloud.bucket}, with all versions of what is in it")
         _end_bucket(cloud, cloud.bucket)
+    if not remaining(cloud, with_data=delete_data):
+        return []
+    time.sleep(PAUSE_S)  # AWS may go on for a moment to tell of what is gone
     return remaining(cloud, with_data=delete_data)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import Any
 
 import boto3  # type: ignore[import-untyped]
 import pytest
@@ -17,6 +18,7 @@ from infra.stack import Access, Budget, Stack, Storage
 from tests.infra.moto_aws import (
     REGION,
     STACK,
+    Call,
     FakeAws,
     Interrupted,
     error,
@@ -295,6 +297,37 @@ def test_down_names_what_it_cannot_end(fake: FakeAws, monkeypatch: pytest.Monkey
     assert aws._folder(STACK).key.exists()  # for the next try
     del fake.answers["DeleteSecurityGroup"]
     assert aws.down(STACK, yes=True) == []
+
+
+def test_down_ends_what_a_head_launches_while_it_is_ended(fake: FakeAws) -> None:
+    aws.up(STACK, yes=True)
+    late: list[str] = []
+
+    def launch_once(_: object) -> None:
+        if not late:
+            late.append("")
+            late[0] = launch_worker(STACK)
+
+    fake.answers["TerminateInstances"] = launch_once
+    assert aws.down(STACK, yes=True) == []
+    assert late[0].startswith("i-")
+    assert "instance demo" not in inventory()
+
+
+def test_up_waits_until_machines_may_have_a_new_profile(
+    fake: FakeAws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [error("InvalidParameterValue", "Invalid IAM Instance Profile name")] * 3
+    waited: list[float] = []
+    monkeypatch.setattr("infra.aws_launch.time.sleep", waited.append)
+
+    def refuse(call: Call) -> dict[str, Any] | None:
+        return refusals.pop()(call) if "IamInstanceProfile.Arn" in call.body and refusals else None
+
+    fake.answers["RunInstances"] = refuse
+    aws.up(STACK, yes=True)
+    assert len(waited) == 3
+    assert inventory()["instance demo"] == 1
 
 
 def test_status_tells_nodes_costs_drift_and_orphans(fake: FakeAws) -> None:

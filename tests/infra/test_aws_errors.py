@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from botocore import exceptions  # type: ignore[import-untyped]
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
 from infra import aws
 from infra.aws_errors import MEANINGS, explain, explain_output, explained

@@ -11,8 +11,9 @@ from pathlib import Path
 import boto3  # type: ignore[import-untyped]
 import pytest
 
-from infra import aws, aws_teardown, preflight
+from infra import aws, aws_launch, aws_teardown, preflight
 from infra.folder import Folder
+from infra.stack import Access
 from tests.conftest import free_port, wait_for
 from tests.infra.moto_aws import ADDRESS, IMAGE, PRICES, STACK, inventory, set_environment
 
@@ -71,6 +72,17 @@ def said(log: Path) -> list[str]:
     lines = [" ".join(json.loads(line)) for line in log.read_text().splitlines()]
     log.write_text("")
     return lines
+
+
+def test_what_ray_up_calls_is_asked_for_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without rsync, Ray gives up when the head is launched and paid for."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for tool in ("ssh", "ssh-keygen", "aws"):
+        (tmp_path / tool).touch(mode=0o755)
+    assert aws_launch.tools_missing(STACK) == ["rsync is not on this machine: install rsync"]
+    by_ssm = replace(STACK, access=Access(mode="ssm"))
+    missing = [line.partition(" ")[0] for line in aws_launch.tools_missing(by_ssm)]
+    assert missing == ["rsync", "session-manager-plugin"]
 
 
 @pytest.mark.slow
