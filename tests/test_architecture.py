@@ -89,7 +89,6 @@ TESTED_ELSEWHERE = {
     "infra.gcloud": "tests/infra/test_gcp.py runs it on a project in a file",
     "infra.gcp_foundation": "tests/infra/test_gcp.py makes and deletes all of it",
     "infra.gcp_machine": "tests/infra/test_gcp.py makes one, in several zones",
-    "infra.__main__": "tests/infra/test_local.py runs its verbs",
     "infra.aws_cloud": "names and questions: tests/infra/test_aws.py finds what was made by them",
     "infra.aws_network": "tests/infra/test_aws_foundation.py opens and closes ports by hand",
     "infra.aws_teardown": "tests/infra/test_aws.py ends stacks with it, wherever it is interrupted",
