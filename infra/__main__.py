@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from infra import auth, local, settings, verbs
+from infra import local, settings, verbs
 from infra.errors import PlatformError
 from infra.plan import JOB, Job, Refused
 from infra.stack import Stack, StackError, load
@@ -130,17 +129,12 @@ def _job(text: str) -> Job:
 
 
 def _up(asked: argparse.Namespace) -> int:
-    home = local.home_dir()
     with verbs.only_the_answer(asked.json):
-        platform = local.up(home, _settings(asked))
+        platform = local.up(local.home_dir(), _settings(asked))
     if asked.json:
         print(json.dumps(platform.urls, indent=2))
-    elif platform.shell_file:
-        print(f"\nFor `ray job submit` and MLflow's clients:  . {shlex.quote(str(platform.shell_file))}")
-        print(f"In a browser, MLflow asks for: {auth.ADMIN}, and the password in {home / auth.PASSWORD_FILE}")
-        print(f"Ray's dashboard asks for:      the token in {home / auth.TOKEN_FILE}")
     else:
-        print(f"\nFor `ray job submit`:  export RAY_ADDRESS={platform.urls['ray']}")
+        print("", *platform.entrance, sep="\n")
     return 0
 
 

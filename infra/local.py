@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import socket
 import sys
@@ -88,6 +89,18 @@ class Platform:
     def shell_file(self) -> Path | None:
         """Name the file that a user's shell reads to be let in; None where a line to copy says it all."""
         return self.home / "env.sh" if self.settings.auth else None
+
+    @property
+    def entrance(self) -> list[str]:
+        """Tell, in lines, what a user types to be let in."""
+        if self.shell_file is None:
+            return [f"For `ray job submit`:  export RAY_ADDRESS={self.urls['ray']}"]
+        password, token = self.home / auth.PASSWORD_FILE, self.home / auth.TOKEN_FILE
+        return [
+            f"For `ray job submit` and MLflow's clients:  . {shlex.quote(str(self.shell_file))}",
+            f"In a browser, MLflow asks for: {auth.ADMIN}, and the password in {password}",
+            f"Ray's dashboard asks for:      the token in {token}",
+        ]
 
     @property
     def client_environment(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ from gdl_ray.home import home as home_of_jobs
 from infra import __main__ as command
 from infra import local
 from infra.processes import end, is_alive, spawn, tree
+from infra.settings import Settings
 from tests.infra.test_haproxy import check_haproxy, listening
 
 
@@ -97,6 +98,42 @@ def test_status_of_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GDL_RAY_HOME", str(home))
     assert command.main(["status"]) == 1
     assert command.main(["down"]) == 0
+
+
+def test_a_user_is_told_how_to_be_let_in(home: Path) -> None:
+    platform = local.Platform(home, {"dashboard": 8265, "mlflow": 5000})
+    assert platform.entrance == ["For `ray job submit`:  export RAY_ADDRESS=http://127.0.0.1:8265"]
+    assert platform.client_environment == {"RAY_ADDRESS": "http://127.0.0.1:8265"}
+    platform.settings = Settings(auth=True)
+    assert platform.entrance[0].endswith(f"  . {home}/env.sh")
+    environment = platform.client_environment
+    assert environment["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
+    for line, secret in zip(
+        platform.entrance[1:],
+        [environment["MLFLOW_TRACKING_PASSWORD"], Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()],
+        strict=True,
+    ):
+        assert Path(line.rpartition(" ")[2]).read_text() == secret
+
+
+def test_what_runs_keeps_its_settings(home: Path) -> None:
+    ray = spawn(["sleep", "600"], home / "log", os.environ, home)
+    local.Platform(home, {}, {"ray": ray}, Settings(auth=True)).save()
+    with pytest.raises(local.PlatformError, match=r"was started with --database sqlite, .* --auth; end it"):
+        local.up(home, Settings())
+    assert local.Platform.load(home).settings == Settings(auth=True)
+
+
+def test_a_record_of_an_earlier_version_is_read(home: Path) -> None:
+    (home / "platform.json").write_text('{"ports": {"mlflow": 5000}, "urls": {}, "processes": {}}')
+    assert local.Platform.load(home) == local.Platform(home, {"mlflow": 5000}, {}, Settings())
+
+
+def test_a_registry_that_cannot_be_had_is_told_before_anything_starts(home: Path) -> None:
+    nowhere = Settings(database="postgresql://mlflow@127.0.0.1:1/mlflow")
+    with pytest.raises(local.PlatformError, match=r"--database postgresql://.*:1/mlflow cannot"):
+        local.up(home, nowhere)
+    assert local.Platform.load(home) == local.Platform(home)
 
 
 @pytest.mark.slow
