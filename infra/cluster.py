@@ -26,7 +26,7 @@ def render(stack: Stack, facts: Facts) -> Cluster:
     types = {HEAD: _head_type(stack, facts)}
     types |= {each.name: _worker_type(stack, facts, each) for each in stack.workers}
     return {
-        "cluster_name": stack.stack,
+        "cluster_name": f"gdl-ray-{stack.stack}",  # an account may have other clusters of that name
         "max_workers": sum(each.max for each in stack.workers),
         "idle_timeout_minutes": IDLE_MINUTES,
         "provider": _provider(stack, facts),

@@ -155,7 +155,7 @@ def test_what_cannot_be_asked_is_exit_code_2(
 def test_render_shows_an_ordinary_file_without_any_cloud(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["render", "-f", EXAMPLE]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["cluster_name"] == "demo"
+    assert shown["cluster_name"] == "gdl-ray-demo"
     assert main(["render", "-f", EXAMPLE, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == shown
 
