@@ -21,6 +21,7 @@ from gdl_ray.evaluate.classifier import Classifier, fit_classifier
 from gdl_ray.evaluate.fidelity import label_agreement
 from gdl_ray.home import home
 from gdl_ray.train.checkpoint import git_commit
+from jobs import cluster
 from jobs.cluster import connect, wait_for_room
 from jobs.options import UsageError
 
@@ -29,11 +30,13 @@ from jobs.options import UsageError
 class Demand:
     """What fitting a classifier asks of the cluster."""
 
-    job = "jobs.train"
+    job: str = "jobs.train"
+    timeout: str = ""
+    """As --timeout has it."""
+    timeout_s: float | None = None
+
     asked = "a classifier"
     least_places = 1
-    timeout = ""
-    timeout_s = None
 
     @property
     def resources(self) -> dict[str, float]:
@@ -64,20 +67,25 @@ def fit(name: str, root: Path, seed: int) -> Fitted:
     return Fitted(classifier.state_dict(), accuracy, seconds)
 
 
-def found_or_fitted(dataset: Dataset) -> tuple[Classifier, str]:
+def found_or_fitted(dataset: Dataset, job: cluster.Demand) -> tuple[Classifier, str]:
     """Find the registered classifier of a dataset; where there is none, fit and register one in a Ray task.
+
+    Args:
+        dataset: to fit it to.
+        job: that needs it, and knows how long to wait for room.
 
     Returns:
         The classifier, and what names it in a protocol.
 
     Raises:
         UsageError: if the data are no images, or have no labels.
+        TimeoutExpired: there was no room in time.
         RegistryUnavailable: if MLflow does not answer.
     """
     found = registry.extractor(dataset)
     if found is None:
         _check(dataset)
-        _fit_and_register(dataset, seed=0)
+        _fit_and_register(dataset, 0, Demand(job.job, job.timeout, job.timeout_s))
         found = registry.extractor(dataset)
         assert found  # noqa: S101  (registered just now)
     return found
@@ -87,17 +95,17 @@ def _check(dataset: Dataset) -> None:
     try:
         Classifier(dataset.spec)
     except ValueError as error:
-        raise UsageError(f"--data {error}") from error
+        raise UsageError(str(error)) from error
 
 
-def _fit_and_register(dataset: Dataset, seed: int) -> None:
+def _fit_and_register(dataset: Dataset, seed: int, demand: Demand) -> None:
     """Fit in a Ray task, log a run, register a version, and say so."""
     name = registry.model_name(dataset.spec.name, registry.CLASSIFIER)
     tags = {"kind": registry.CLASSIFIER, "git_commit": git_commit(), "dataset_digest": dataset.digest}
-    wait_for_room(Demand())
+    wait_for_room(demand)
     run_id, page = tracking.start_run(f"{name}-{seed}", dataset, {"seed": str(seed)}, tags)
     examples = len(dataset.splits["train"])
-    print(f"jobs.train: fitting {name} to {examples:,} examples, seed {seed}, {page}", flush=True)
+    print(f"{demand.job}: fitting {name} to {examples:,} examples, seed {seed}, {page}", flush=True)
     try:
         task: Any = ray.remote(fit)
         fitted: Fitted = ray.get(task.remote(dataset.spec.name, home() / "data", seed))
@@ -112,7 +120,7 @@ def _fit_and_register(dataset: Dataset, seed: int) -> None:
     tracking.end_run(run_id)
     stays = "champion" if champion == version else f"champion stays {champion}"
     print(
-        f"jobs.train: {name} version {version} ({stays})  test/accuracy {fitted.accuracy:.4f}  "
+        f"{demand.job}: {name} version {version} ({stays})  test/accuracy {fitted.accuracy:.4f}  "
         f"{classifier.fingerprint()}  {fitted.seconds:.1f} s",
         flush=True,
     )
@@ -137,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"jobs.train: {name} version {version} is it: these data, seed {given.seed}", flush=True)
             return 0
         connect(Demand())
-        _fit_and_register(dataset, given.seed)
+        _fit_and_register(dataset, given.seed, Demand())
     except (UsageError, ValueError, tracking.RegistryUnavailable) as error:
         print(f"jobs.train: {error}", file=sys.stderr)
         return 2

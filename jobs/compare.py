@@ -9,8 +9,10 @@ picture as artifacts. One that was cut short goes on when the same command is su
 
 import argparse
 import json
+import math
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +27,7 @@ from torch import Tensor
 from gdl_ray import registry, tracking
 from gdl_ray.data import Dataset, training_batch
 from gdl_ray.evaluate.baselines import independent
+from gdl_ray.evaluate.classifier import Classifier
 from gdl_ray.evaluate.efficiency import step_flops
 from gdl_ray.evaluate.protocol import Subject, sample_metrics
 from gdl_ray.families import FAMILIES, build
@@ -45,6 +48,7 @@ from jobs.sweep import Run, room, sweep
 PARENT_FILE = "comparison.json"
 """In the store of runs: which MLflow run is the parent."""
 
+_SIGNALLED = 128  # an exit code above it is that of a signal
 _ENDS = ("--budget", "--examples", "--steps")
 
 
@@ -83,8 +87,12 @@ def parse(arguments: Sequence[str]) -> Comparison:
     if len(families) < 2:
         raise UsageError(f"--families {' '.join(families)}: name at least two to compare")
     for name, least in (("seeds", 1), ("flops", 0), ("quality", 0), ("usd_per_hour", 0)):
-        if getattr(given, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least {least}")
+        if not least <= getattr(given, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(given, name)} must be {least} or more")
+    if any(word.partition("=")[0] == "--seed" for word in rest):
+        raise UsageError(
+            "--seed is for one run: a comparison takes --seeds, the number of runs of each family"
+        )
     if given.flops and (other := [word for word in rest if word.partition("=")[0] in _ENDS]):
         raise UsageError(f"--flops {given.flops:g} and {other[0]} both say when to end: give one of them")
     name = given.name or f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -94,7 +102,13 @@ def parse(arguments: Sequence[str]) -> Comparison:
     ]
     options = [training.parse(run.arguments) for run in runs]
     checked = [training.check(each) for each in options]
-    work = Work(quality=given.quality, usd_per_hour=given.usd_per_hour, gpu=given.gpu, job="jobs.compare")
+    work = Work(
+        quality=given.quality,
+        usd_per_hour=given.usd_per_hour,
+        gpu=given.gpu,
+        timeout=options[0].timeout,
+        job="jobs.compare",
+    )
     budget = f"{given.flops:g} FLOPs" if given.flops else _budget(options[0])
     return Comparison(name=name, budget=budget, runs=runs, options=options, dataset=checked[0][1], work=work)
 
@@ -156,45 +170,77 @@ def _steps(arguments: Sequence[str], flops: float) -> int:
 
 
 def run(comparison: Comparison) -> int:
-    """Train, measure, and show; returns the exit code: 1 if a run has no model.
+    """Train, measure, and show; returns the exit code: 1 if a run has no model or could not be measured.
 
     Raises:
-        EvaluationError: a model could not be measured, or there is none.
+        UsageError: a comparison of that name compares something else.
+        EvaluationError: nothing could be measured.
         TimeoutExpired: there was no room in time.
     """
-    found_or_fitted(comparison.dataset)  # before what is started is a child of the comparison
+    found = found_or_fitted(comparison.dataset, comparison.work)  # first: it is no child of the comparison
     parent, address = _parent(comparison)
+    count = len(comparison.runs)
     print(
-        f"jobs.compare: {comparison.name}: {comparison.budget} for each of {len(comparison.runs)} runs, "
-        f"{address}",
+        f"jobs.compare: {comparison.name}: {comparison.budget} for each of {count} runs, {address}",
         flush=True,
     )
     os.environ[tracking.PARENT] = parent
+    try:
+        code = _train(comparison) or _show(comparison, found, parent, address)
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        tracking.end_run(parent, "KILLED" if stopped else "FAILED")
+        raise
+    tracking.end_run(parent, "KILLED" if code > _SIGNALLED else "FAILED" if code else "FINISHED")
+    return code
+
+
+def _train(comparison: Comparison) -> int:
+    """Train all runs; returns 128 and the number of the signal that ended them, or 0."""
     first = comparison.options[0]
-    failed = sweep(comparison.runs, partial(room, first.resources, first.least_places))
-    measured, quality = _measured(comparison)
-    entries, facts = _entries(measured, comparison.work), _facts(comparison, measured, quality)
+    code = sweep(comparison.runs, partial(room, first.resources, first.least_places))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(_SIGNALLED + number))
+    return code if code > _SIGNALLED else 0
+
+
+def _show(comparison: Comparison, found: tuple[Classifier, str], parent: str, address: str) -> int:
+    """Measure all models, write the comparison, and print it; returns the exit code."""
+    measured, quality = _measured(comparison, found)
+    entries = _entries(measured, comparison, found)
+    facts = _facts(comparison, measured, quality)
     _publish(parent, comparison.name, entries, facts)
-    tracking.end_run(parent, "FAILED" if failed else "FINISHED")
     print(f"\n{text(entries)}\n", flush=True)
     for line in picks(entries):
         print(f"jobs.compare: {line}")
     print(f"  the page, with the picture: {address}/artifacts/comparison.html")
     print(f"  side by side: {tracking.comparison_page([each.id for each in measured])}", flush=True)
-    return failed
+    return int(len(measured) < len(comparison.runs))
 
 
 def _parent(comparison: Comparison) -> tuple[str, str]:
-    """Start the parent run, or take up the one of that name; returns its id, and the address of its page."""
+    """Start the parent run, or take up the one of that name; returns its id, and the address of its page.
+
+    Raises:
+        UsageError: that one compares something else.
+    """
     store = comparison.options[0].store(comparison.name)
+    runs = {
+        run.label: options.decisive()
+        for run, options in zip(comparison.runs, comparison.options, strict=True)
+    }
     record = store.read_json(PARENT_FILE)
+    if record and record["runs"] != runs:
+        raise UsageError(
+            f"--name {comparison.name}: that comparison was started with other families, seeds or options: "
+            f"ask for the same to go on with it, or choose another name"
+        )
     page = tracking.resume_run(record["mlflow_run"]) if record else None
     if record and page:
         return record["mlflow_run"], page
     tags = {"git_commit": git_commit(), "dataset_digest": comparison.dataset.digest}
     parent, page = tracking.start_parent(comparison.name, comparison.dataset, comparison.params, tags)
     store.create()
-    store.write_json(PARENT_FILE, {"mlflow_run": parent})
+    store.write_json(PARENT_FILE, {"mlflow_run": parent, "runs": runs})
     return parent, page
 
 
@@ -210,7 +256,7 @@ class Measured:
     """Seconds of training, and bits/dim on the validation split."""
 
 
-def _measured(comparison: Comparison) -> tuple[list[Measured], float]:
+def _measured(comparison: Comparison, found: tuple[Classifier, str]) -> tuple[list[Measured], float]:
     """Measure the models that there are; also returns the quality to reach, 0 for none.
 
     Raises:
@@ -220,20 +266,24 @@ def _measured(comparison: Comparison) -> tuple[list[Measured], float]:
     for run, options in zip(comparison.runs, comparison.options, strict=True):
         run_id = (options.store(run.name).read_json(RUN_FILE) or {}).get("mlflow_run", "")
         name = registry.model_name(options.data, run.family)
-        if found := registry.registered_by(run_id, name) if run_id else None:
-            evaluation = evaluated(name, found[0].version, comparison.work)
-            measured.append(Measured(run=run, id=run_id, evaluation=evaluation, curve=curve(run_id)))
+        registered = registry.registered_by(run_id, name) if run_id else None
+        try:
+            if registered is None:
+                raise EvaluationError("it has no model")
+            evaluation = evaluated(name, registered[0].version, comparison.work, found)
+        except EvaluationError as error:
+            print(f"jobs.compare: {run.label} is left out: {error}", file=sys.stderr, flush=True)
         else:
-            print(f"jobs.compare: {run.label} has no model, and is left out", file=sys.stderr, flush=True)
+            measured.append(Measured(run=run, id=run_id, evaluation=evaluation, curve=curve(run_id)))
     if not measured:
-        raise EvaluationError("no run has a model: nothing can be compared")
+        raise EvaluationError("no run has a model that could be measured: nothing can be compared")
     quality = comparison.work.quality or common_quality([each.curve for each in measured])
     return [_priced(each, replace(comparison.work, quality=quality)) for each in measured], quality
 
 
-def evaluated(name: str, version: int, work: Work) -> Evaluation:
+def evaluated(name: str, version: int, work: Work, found: tuple[Classifier, str]) -> Evaluation:
     """Measure a version, unless it was before, by the same protocol."""
-    subject = prepare(name, version, work)
+    subject = prepare(name, version, work, found)
     record = registry.read_evaluation(name, version)
     if record and record["protocol_digest"] == subject.protocol.digest:
         print(f"{work.job}: {name}@{version} was measured before", flush=True)
@@ -250,26 +300,30 @@ def _priced(measured: Measured, work: Work) -> Measured:
     """Add how soon a run reached a quality, and what that cost; its MLflow run is told too."""
     found = quality_metrics(measured.id, work)
     tracking.log_metrics(measured.id, found)
-    metrics = {**measured.evaluation.metrics, **found}
-    return replace(measured, evaluation=replace(measured.evaluation, metrics=metrics))
+    # What an evaluation before has written was perhaps of another quality, at another price.
+    kept = {name: value for name, value in measured.evaluation.metrics.items() if "_to_quality" not in name}
+    return replace(measured, evaluation=replace(measured.evaluation, metrics=kept | found))
 
 
-def _entries(measured: Sequence[Measured], work: Work) -> list[Entry]:
+def _entries(
+    measured: Sequence[Measured], comparison: Comparison, found: tuple[Classifier, str]
+) -> list[Entry]:
     """Make the rows of the tables: families, and what to read them beside."""
     entries = []
+    wanted = len({run.seed for run in comparison.runs})
     for family in dict.fromkeys(each.run.family for each in measured):
         seeds = [each for each in measured if each.run.family == family]
         first = seeds[0].evaluation
         entries.append(
             Entry(
-                name=family,
+                name=family if len(seeds) == wanted else f"{family} ({len(seeds)} of {wanted} seeds)",
                 figures=[each.evaluation.metrics for each in seeds],
                 versions=[f"{each.evaluation.model}@{each.evaluation.version}" for each in seeds],
                 curve=seeds[0].curve,
                 samples_png=sample_grid(open_model(first.model, first.version)),
             )
         )
-    return [*entries, *references(prepare(first.model, first.version, work))]
+    return [*entries, *references(prepare(first.model, first.version, comparison.work, found))]
 
 
 def references(subject: Subject) -> list[Entry]:
@@ -303,21 +357,23 @@ def _facts(comparison: Comparison, measured: Sequence[Measured], quality: float)
     """Say what holds for all figures."""
     dataset, protocol = comparison.dataset, measured[0].evaluation.protocol
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in dataset.splits.items())
-    options = comparison.options[0]
+    trained = tracking.run_facts(measured[0].id).params  # perhaps by a command that had other workers
+    device = "GPU" if trained["gpu"] == "True" else f"{trained['cpus']} CPU"
     seeds = len({each.run.seed for each in measured})
-    spread = "mean ± standard deviation over seeds" if seeds > 1 else "value ± standard error over examples"
-    device = "GPU" if options.gpu else f"{options.cpus} CPU"
-    training = (
-        f"{comparison.budget}, on {options.workers} x {device}; {seeds} seed{'s' * (seeds > 1)}: {spread}"
-    )
     against = f"{protocol['examples']:,} images of the {protocol['split']} split"
+    missing = {run.label for run in comparison.runs} - {each.run.label for each in measured}
     return {
         "Data": f"{dataset.spec.name}, {sizes} examples, digest {dataset.digest[:16]}",
-        "Training": training,
+        "Training": f"{comparison.budget}, on {trained['workers']} x {device}, seeds: {seeds}",
+        "Spread": "± is the standard deviation over seeds; of one seed, the standard error over examples",
         "Samples": f"{protocol['samples']:,}, against {against}, in the features of {protocol['extractor']}",
-        "Quality to reach": f"{quality:.3f} validation bits/dim" if quality else "none",
+        "Quality to reach": (
+            f"{quality:.3f} validation bits/dim, exact, bound or estimate as each family has it"
+            if quality
+            else "none"
+        ),
         "Versions": ", ".join(each.evaluation.reference for each in measured),
-    }
+    } | ({"Left out": ", ".join(sorted(missing))} if missing else {})
 
 
 def _publish(parent: str, title: str, entries: Sequence[Entry], facts: Mapping[str, str]) -> None:
@@ -335,6 +391,7 @@ def _publish(parent: str, title: str, entries: Sequence[Entry], facts: Mapping[s
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job; returns its exit code: 2 if it was asked for what cannot be done."""
+    torch.set_num_threads(1)  # the same sums in the same order, on any machine
     try:
         comparison = parse(arguments)
         for options in comparison.options:

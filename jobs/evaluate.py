@@ -145,22 +145,28 @@ class Evaluation:
         return f"{self.model}@{self.version}"
 
 
-def prepare(name: str, version: int, work: Work) -> Subject:
+def prepare(name: str, version: int, work: Work, found: tuple[Classifier, str] | None = None) -> Subject:
     """Load a version, its data and the classifier, and choose the protocol.
 
+    Args:
+        name: of the registered model.
+        version: its number.
+        work: how much is to be measured.
+        found: the classifier and its name, if it is at hand.
+
     Raises:
-        UsageError: there is no such version, or it cannot be measured here.
+        UsageError: there is no such version, or it cannot be measured so.
+        TimeoutExpired: there was no room to fit a classifier.
         RegistryUnavailable: MLflow does not answer.
     """
     model = open_model(name, version)
     try:
         dataset = load(model.spec.name, home() / "data")
-        classifier, extractor = found_or_fitted(dataset)
+        classifier, extractor = found or found_or_fitted(dataset, work)
+        protocol = protocol_of(model, dataset, extractor, work.examples, work.samples)
     except ValueError as error:
         raise UsageError(f"{name}@{version} cannot be measured: {error}") from error
-    return Subject(
-        model, dataset, classifier, protocol_of(model, dataset, extractor, work.examples, work.samples)
-    )
+    return Subject(model, dataset, classifier, protocol)
 
 
 def evaluate(name: str, version: int, subject: Subject, work: Work) -> Evaluation:
@@ -172,17 +178,17 @@ def evaluate(name: str, version: int, subject: Subject, work: Work) -> Evaluatio
         RegistryUnavailable: MLflow does not answer for ten minutes.
     """
     protocol = subject.protocol
+    run_id = registry.run_of(name, version).id
+    known = training_metrics(run_id) | quality_metrics(run_id, work)  # now: later, what was measured waits
     print(f"{work.job}: measuring {name}@{version} by protocol {protocol.digest}", flush=True)
     wait_for_room(work)
     found = gather(_found(name, version, subject, work))
-    run_id = registry.run_of(name, version).id
-    metrics = summarize(subject, found) | training_metrics(run_id) | quality_metrics(run_id, work)
     evaluation = Evaluation(
         model=name,
         version=version,
         protocol=asdict(protocol),
         protocol_digest=protocol.digest,
-        metrics=metrics,
+        metrics=summarize(subject, found) | known,
     )
     registry.write_evaluation(name, version, asdict(evaluation), _pictures(subject, found))
     return evaluation
@@ -319,6 +325,7 @@ def shown(evaluation: Evaluation) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job; returns its exit code: 2 if it was asked for what cannot be done."""
+    torch.set_num_threads(1)  # the same sums in the same order, on any machine
     try:
         models, work = parse(arguments)
         tracking.check()

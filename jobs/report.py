@@ -119,7 +119,7 @@ def ordered(section: Section, entries: Sequence[Entry]) -> list[Entry]:
 
     def place(entry: Entry) -> tuple[bool, bool, float]:
         mean = entry.mean(lead)
-        is_behind = lead == _DISTANCE and is_memorised(entry)
+        is_behind = lead.startswith("samples/") and is_memorised(entry)
         return entry.is_reference, is_behind, math.inf if mean is None else sign * mean
 
     return sorted((entry for entry in entries if _measured(section, entry)), key=place)
@@ -142,10 +142,13 @@ def leaders(section: Section, entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _standing(entry: Entry) -> Standing:
+    """Take the mean over seeds; its error is that which they show, or which each has, whichever is larger."""
+    distances, errors = entry.values(_DISTANCE), entry.values(standard_error(_DISTANCE))
+    n = len(distances)
+    shown = statistics.stdev(distances) / math.sqrt(n) if n > 1 else 0.0
+    had = math.hypot(*errors) / n
     return Standing(
-        distance=entry.mean(_DISTANCE) or 0.0,
-        error=entry.spread(_DISTANCE) or 0.0,
-        is_memorised=is_memorised(entry),
+        distance=statistics.fmean(distances), error=max(shown, had), is_memorised=is_memorised(entry)
     )
 
 

@@ -101,23 +101,27 @@ def room(each: Mapping[str, float], workers: int) -> int:
 
 
 def sweep(runs: Sequence[Run], has_room_for: Callable[[], int]) -> int:
-    """Do the runs, show what they print, and sum them up; returns the exit code: 1 if any has no model.
+    """Do the runs, show what they print, and sum them up.
 
     SIGTERM and SIGINT end the runs that go on; the others are not started.
 
     Args:
         runs: as `expand` makes them, and checked.
         has_room_for: tells how many may go on at once; asked again whenever one ends.
+
+    Returns:
+        The exit code: 1 if any run has no model; 128 and the number of the signal, if one has ended them.
     """
     name = runs[0].name.removesuffix(f"-{runs[0].label}")
     print(f"jobs.train: sweep {name}: {len(runs)} runs, {has_room_for()} at a time", flush=True)
-    outcomes = asyncio.run(_Drivers(runs).drive(has_room_for))
+    drivers = _Drivers(runs)
+    outcomes = asyncio.run(drivers.drive(has_room_for))
     print(f"\n{table(outcomes)}\n", flush=True)
     failed = sum(bool(outcome.failure) for outcome in outcomes.values())
     print(f"jobs.train: sweep {name}: {len(runs) - failed} of {len(runs)} runs succeeded", flush=True)
     if failed:
         print(f"  the same command with --name {name} goes on with the rest", flush=True)
-    return 1 if failed else 0
+    return 128 + drivers.stopped_by if drivers.stopped_by else int(failed > 0)
 
 
 class _Drivers:
@@ -127,7 +131,7 @@ class _Drivers:
         self._outcomes = {run: Outcome() for run in runs}
         self._waiting = deque(runs)
         self._processes: set[Process] = set()
-        self._stopped_by: signal.Signals | None = None
+        self.stopped_by: signal.Signals | None = None  # if one came
         self._margin = max(len(run.label) for run in runs)
 
     async def drive(self, has_room_for: Callable[[], int]) -> dict[Run, Outcome]:
@@ -145,7 +149,7 @@ class _Drivers:
 
     def _stop(self, number: signal.Signals) -> None:
         """Pass a signal on, start nothing more, and tell how far it came if the end is long in coming."""
-        self._stopped_by = number
+        self.stopped_by = number
         asyncio.get_running_loop().call_later(
             _GRACE_S, lambda: print(f"\n{table(self._outcomes)}\n", flush=True)
         )
@@ -163,8 +167,8 @@ class _Drivers:
             *command, env=env, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, limit=_LONGEST_LINE_BYTES
         )
         self._processes.add(process)
-        if self._stopped_by:  # it came while the process did
-            process.send_signal(self._stopped_by)
+        if self.stopped_by:  # it came while the process did
+            process.send_signal(self.stopped_by)
         prefix = f"{run.label:<{self._margin}} | "
         pipes = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
         said, complained = await asyncio.gather(*(_show(pipe, prefix, to) for pipe, to in pipes))
@@ -179,8 +183,8 @@ class _Drivers:
             scores = re.findall(r"(\S+/bits_per_dim\w*) (\S+)", registered["scores"])
             version = f"{registered['model']} {registered['version']}"
             return Outcome("", seconds, version, {name: float(value) for name, value in scores})
-        if self._stopped_by:
-            return Outcome(f"stopped by {self._stopped_by.name}", seconds)
+        if self.stopped_by:
+            return Outcome(f"stopped by {self.stopped_by.name}", seconds)
         return Outcome(_failure(code, complained), seconds, "failed")
 
 

@@ -29,8 +29,9 @@ MOST_EXAMPLES = 10_000
 """Of the split, and samples as many, unless other numbers are asked for."""
 
 _FORMAT = 1
-_FEW_EXAMPLES = 1000  # that get all of a model's draws; of more, each gets fewer
-_MOST_BAYES_EXAMPLES, _MOST_BAYES_DRAWS = 1000, 16  # every one of them for each class
+_NEIGHBOURS = 5  # the usual k
+_FEW_EXAMPLES = 1000  # for what takes many draws of each
+_MOST_BAYES_DRAWS = 16  # every one of them for each class
 _MOST_PROBED = 1000  # training examples whose latents a probe learns from
 _CHAINS = 360  # draws that are annealed back
 _MOST_FREE = 1000  # samples without a label
@@ -51,6 +52,8 @@ class Protocol:
     """The first of the split."""
     likelihood: str
     """Its kind; `none` where the model has none."""
+    likelihood_examples: int
+    """The first of the split whose likelihood is computed; fewer where it takes many draws."""
     draws: int
     """Monte-Carlo samples an example, for the likelihood; 0 without one."""
     bayes_examples: int
@@ -64,7 +67,7 @@ class Protocol:
     """Of the sampler: its defaults."""
     extractor: str
     """The classifier in whose features samples are compared: its version, and its weights' fingerprint."""
-    neighbours: int = 5
+    neighbours: int = _NEIGHBOURS
     """The k of precision, recall, density and coverage."""
 
     @property
@@ -84,20 +87,30 @@ def protocol_of(
         extractor: names the classifier.
         examples: how many of the test split; 0 for all, at most MOST_EXAMPLES.
         samples: how many to draw; 0 for as many as examples.
+
+    Raises:
+        ValueError: there are not so many in the split, or they are too few to have neighbours.
     """
     there = len(dataset.splits["test"])
-    examples = min(examples or MOST_EXAMPLES, there)
-    tight = model.tight_samples if isinstance(model, Likelihood) else 0
-    quick = model.quick_samples if isinstance(model, Likelihood) else 0
+    examples = examples or min(there, MOST_EXAMPLES)
+    samples = samples or examples
+    for name, asked in (("examples", examples), ("samples", samples)):
+        if not _NEIGHBOURS < asked <= there:
+            raise ValueError(
+                f"{name}={asked} must lie between {_NEIGHBOURS + 1} and the {there} of its test split"
+            )
+    is_likelihood = isinstance(model, Likelihood)
+    draws = model.tight_samples if isinstance(model, Likelihood) else 0
     return Protocol(
         dataset=dataset.spec.name,
         dataset_digest=dataset.digest,
         examples=examples,
         likelihood=model.likelihood_kind if isinstance(model, Likelihood) else "none",
-        draws=max(quick, tight * _FEW_EXAMPLES // max(examples, _FEW_EXAMPLES)),
-        bayes_examples=min(examples, _MOST_BAYES_EXAMPLES) if isinstance(model, Likelihood) else 0,
-        bayes_draws=min(tight, _MOST_BAYES_DRAWS),
-        samples=min(samples or examples, there),
+        likelihood_examples=examples if draws == 1 else min(examples, _FEW_EXAMPLES) * is_likelihood,
+        draws=draws,
+        bayes_examples=min(examples, _FEW_EXAMPLES) * is_likelihood,
+        bayes_draws=min(draws, _MOST_BAYES_DRAWS),
+        samples=samples,
         options=model.sampler().settle({}),
         extractor=extractor,
     )
@@ -147,7 +160,7 @@ def pieces(model: Family, dataset: Dataset, protocol: Protocol) -> list[Piece]:
     wanted = [("samples", protocol.samples, _SAMPLES), ("free_samples", free, _SAMPLES)]
     wanted += [("training", 1, 1), ("speed", 1, 1)]
     if isinstance(model, Likelihood):
-        wanted += [("likelihood", protocol.examples, _EXAMPLES)]
+        wanted += [("likelihood", protocol.likelihood_examples, _EXAMPLES)]
         wanted += [("bayes", protocol.bayes_examples, _EXAMPLES)]
     if isinstance(model, Unnormalized):
         wanted += [("constant", min(protocol.samples, _CHAINS), _CHAINS)]
@@ -311,6 +324,9 @@ def _mean(values: Tensor) -> tuple[float, float]:
 def sample_metrics(subject: Subject, x: Tensor) -> dict[str, float]:
     """Compare samples with the examples of the split.
 
+    As samples have the labels of the examples, distances are a little smaller than those of independent
+    draws, and the kernel distance of good samples lies below 0: by as much for all models that heed labels.
+
     Args:
         subject: what they are compared by; its model is not asked.
         x: samples, uint8 (N, C, H, W), asked to be of the classes of the first N examples.
@@ -318,6 +334,7 @@ def sample_metrics(subject: Subject, x: Tensor) -> dict[str, float]:
     dataset, classifier, protocol = subject.dataset, subject.classifier, subject.protocol
     split = dataset.splits[protocol.split].first(protocol.examples)
     real, train = torch.tensor(split.x), torch.tensor(dataset.splits["train"].x)
+    asked = torch.tensor(dataset.splits[protocol.split].y[: len(x)])
     features, sampled = classifier.features(real), classifier.features(x)
     near = neighbours(features, sampled, protocol.neighbours)
     distance, error = kernel_distance(features, sampled)
@@ -330,7 +347,7 @@ def sample_metrics(subject: Subject, x: Tensor) -> dict[str, float]:
         "samples/recall": near.recall,
         "samples/density": near.density,
         "samples/coverage": near.coverage,
-        "samples/label_fidelity": label_agreement(classifier.predict(x), torch.tensor(split.y[: len(x)])),
+        "samples/label_fidelity": label_agreement(classifier.predict(x), asked),
         "samples/copied_share": copying.copied_share,
         "samples/copying_z": copying.z,
         "samples/memorised": float(copying.is_memorised),

@@ -1,8 +1,9 @@
 """Which of several models draws the best samples: one order, by one rule.
 
 Models that repeat their training split have no place: by every distance, copies are as good as data. The
-others are ordered by the kernel distance: it sees what samples lack as well as what they have too much, and
-unlike the Frechet distance it has no bias, and an error that tells which differences are none.
+others are ordered by the kernel distance: it sees what samples lack as well as what they have too much, it
+has not the Frechet distance's bias, which shrinks with the number of samples, and it has an error, which
+tells which differences are none.
 """
 
 import math

@@ -108,11 +108,22 @@ def test_protocols_are_equal_if_all_that_decides_figures_is(digits: Dataset) -> 
     assert len({one.digest, *(each.digest for each in changed)}) == 5
 
 
-def test_many_examples_get_fewer_draws_each(digits: Dataset) -> None:
-    model = subject("vae", digits).model
-    assert isinstance(model, Likelihood)
+def test_what_takes_many_draws_reads_fewer_of_many_examples(digits: Dataset) -> None:
     train = digits.splits["train"]
     many = replace(digits, splits={**digits.splits, "test": replace(train, x=train.x.repeat(10, axis=0))})
-    protocol = protocol_of(model, many, "any")
-    assert protocol.examples == 10_000
-    assert protocol.draws == model.tight_samples // 10
+    bound, exact = (protocol_of(subject(key, digits).model, many, "any") for key in ("vae", "autoregressive"))
+    assert bound.examples == exact.examples == exact.likelihood_examples == 10_000
+    assert (bound.likelihood_examples, bound.draws, exact.draws) == (1000, 1000, 1)
+
+
+@pytest.mark.parametrize("asked", [{"examples": 5}, {"samples": 3}, {"examples": 100_000}, {"samples": 361}])
+def test_counts_that_cannot_be_are_refused(asked: dict[str, int], digits: Dataset) -> None:
+    ((name, count),) = asked.items()
+    with pytest.raises(ValueError, match=f"{name}={count} must lie between 6 and the 360"):
+        protocol_of(subject("gan", digits).model, digits, "any", **asked)
+
+
+def test_more_samples_than_examples_have_the_labels_of_the_split(digits: Dataset) -> None:
+    one = subject("gan", digits)
+    more = Subject(one.model, digits, one.classifier, replace(one.protocol, examples=20, samples=60))
+    assert 0 <= figures(more)["samples/label_fidelity"] <= 1

@@ -42,7 +42,7 @@ def test_a_classifier_is_fitted_once(
     assert run.data.metrics["test/accuracy"] > 0.95
     assert train.main(["classifier", "--data", "digits"]) == 0
     assert "digits-classifier version 1 is it" in capsys.readouterr().out
-    assert classifier.found_or_fitted(dataset)[1] == name
+    assert classifier.found_or_fitted(dataset, classifier.Demand())[1] == name
     assert len(mlflow_client.search_model_versions("name='digits-classifier'")) == 1
 
 
@@ -50,4 +50,4 @@ def test_data_without_labels_are_refused(mlflow_client: MlflowClient, tmp_path: 
     dataset = load("digits", tmp_path / "home" / "data")
     spec = DataSpec(name="bare", kind="image", shape=(1, 8, 8), levels=17, classes=0)
     with pytest.raises(UsageError, match="bare: a classifier needs images of two classes or more"):
-        classifier.found_or_fitted(replace(dataset, spec=spec))
+        classifier.found_or_fitted(replace(dataset, spec=spec), classifier.Demand())

@@ -49,12 +49,14 @@ def test_flops_are_shared_out_as_steps(digits: Dataset) -> None:
     [
         (["--families", "vae", "vea"], "--families vea: choose from autoregressive"),
         (["--families", "vae"], "--families vae: name at least two"),
-        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["--seeds", "0"], "--seeds 0 must be 1 or more"),
         (["--data", "dgits"], "unknown dataset --data dgits"),
         (["--budget", "60"], "--budget '60': write a time"),
         (["--flops", "1e12", "--budget", "60s"], "--flops 1e+12 and --budget"),
-        (["--quality", "-1"], "--quality -1.0 must be at least 0"),
+        (["--quality", "-1"], "--quality -1.0 must be 0 or more"),
         (["--name", "a b"], "--name"),
+        (["--flops", "nan"], "--flops nan must be 0 or more"),
+        (["--seed", "5"], "--seed is for one run: a comparison takes --seeds"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_a_line(

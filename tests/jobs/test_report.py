@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from gdl_ray.evaluate.metrics import METRICS
-from jobs.report import SECTIONS, Entry, cells, figure, markdown, ordered, page, picks, text, written
+from jobs.report import SECTIONS, Entry, cells, figure, leaders, markdown, ordered, page, picks, text, written
 
 EXPRESSIVE, _, SAMPLING, INTERPRETABLE = SECTIONS
 KERNEL, MEMORISED = "samples/kernel_distance", "samples/memorised"
@@ -77,6 +77,20 @@ def test_every_form_names_who_leads_and_which_samples_are_copies() -> None:
         sampling = said[said.index(SAMPLING.asks) :]
         assert sampling.index("good") < sampling.index("poor")
     assert "Good to sample from: good (kernel 0.030 ± 0.014)" in picks(ALL)
+
+
+def test_copies_lead_no_table_of_samples() -> None:
+    copies = entry("copies", {"samples/coverage": 0.99, MEMORISED: 1.0})
+    honest = entry("honest", {"samples/coverage": 0.5})
+    assert [each.name for each in ordered(EXPRESSIVE, [copies, honest])] == ["honest", "copies"]
+
+
+def test_seeds_tell_families_apart_by_the_error_of_their_mean() -> None:
+    a = entry("a", *({KERNEL: value} for value in (0.10, 0.12, 0.14)))
+    b = entry("b", *({KERNEL: value} for value in (0.15, 0.17, 0.19)))
+    assert [each.name for each in leaders(SAMPLING, [a, b])] == ["a"]  # by 3.1 standard errors
+    near = entry("near", *({KERNEL: value} for value in (0.11, 0.13, 0.15)))
+    assert [each.name for each in leaders(SAMPLING, [a, near])] == ["a", "near"]
 
 
 class Cells(HTMLParser):

@@ -273,7 +273,7 @@ def test_a_signal_is_passed_on_and_waited_for(number: signal.Signals, drive: Pat
         lines.append(going.stdout.readline())
     (drive.parent / "table").touch()
     shown = rows(going.stdout.read())
-    assert going.wait() == 1
+    assert going.wait() == 128 + number
     assert shown["flow-0"].endswith("  not started")
     assert shown["vae-0"].endswith(f"  stopped by {number.name}")
     assert shown["gan-0"].endswith(f"  stopped by {number.name}")
