@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import ray
@@ -20,32 +20,27 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from gdl_ray import registry, tracking
-from gdl_ray.data import Dataset, load
+from gdl_ray.data import load
 from gdl_ray.evaluate.classifier import Classifier
 from gdl_ray.evaluate.efficiency import seconds_to
 from gdl_ray.evaluate.memory import nearest, neighbours_png
 from gdl_ray.evaluate.metrics import METRICS, STANDARD_ERROR, standard_error
 from gdl_ray.evaluate.protocol import (
     Findings,
-    Piece,
-    Protocol,
     Subject,
     gather,
-    measure,
     pieces,
     protocol_of,
     summarize,
 )
-from gdl_ray.family import Family
 from gdl_ray.home import home
 from gdl_ray.images import png_grid
-from gdl_ray.tracking import PATIENCE_S, persist
-from gdl_ray.train.checkpoint import load_family
 from gdl_ray.train.validation import SCORE
 from jobs.classifier import found_or_fitted
 from jobs.cluster import TimeoutExpired, connect, places, wait_for_room, whole_nodes
 from jobs.models import open_model, resolve
 from jobs.options import UsageError, seconds
+from jobs.pieces import measure_piece
 from jobs.report import written
 
 MAX_RETRIES = 3
@@ -221,7 +216,7 @@ def _remote(work: Work) -> Any:
         "max_calls": 0,  # Ray would end the process of each GPU task, and with it the model
         "max_retries": MAX_RETRIES,
     }
-    return ray.remote(**settings)(_measure)
+    return ray.remote(**settings)(measure_piece)
 
 
 def _take(pending: dict[Any, int], found: dict[int, Findings], progress: "_Progress") -> None:
@@ -237,23 +232,6 @@ def _take(pending: dict[Any, int], found: dict[int, Findings], progress: "_Progr
         cause = error.cause if isinstance(error, RayTaskError) else error
         raise EvaluationError(f"a piece could not be measured: {cause!r}") from error
     progress.tell(len(found))
-
-
-def _measure(
-    name: str, version: int, device: str, classifier: Classifier, protocol: Protocol, piece: Piece
-) -> Findings:
-    """Measure a piece, in a worker."""
-    model, dataset = _subject(name, version, device)
-    return measure(Subject(model, dataset, classifier, protocol), piece)
-
-
-@lru_cache(maxsize=1)
-def _subject(name: str, version: int, device: str) -> tuple[Family, Dataset]:
-    """Load a version and its data, once for all pieces that this process measures."""
-    torch.set_num_threads(1)  # the same sums in the same order, on any worker
-    folder = persist(partial(registry.fetch, name, version), PATIENCE_S)
-    model = load_family(folder).to(device)
-    return model, load(model.spec.name, home() / "data")
 
 
 def _room(work: Work) -> int:

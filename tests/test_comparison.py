@@ -13,7 +13,7 @@ from infra.local import Platform
 from tests.conftest import start
 
 pytestmark = pytest.mark.slow
-COMMAND = ["--families", "vae", "gan", "--steps", "60", "--name", "two"]
+COMMAND = ["--families", "flow", "gan", "--steps", "60", "--name", "two"]
 COMMAND += ["--report-every", "20", "--checkpoint-every", "20", "--usd-per-hour", "3.6"]
 
 
@@ -52,22 +52,22 @@ def artifact(platform: Platform, run: Run, name: str) -> bytes:
 def test_the_tables_say_which_family_is_good_at_what(output: str) -> None:
     for title in ("Expressive", "Efficient to train", "Good to sample from", "Interpretable"):
         table = output[output.index(f"{title}: ") :].split("\n\n")[0]
-        assert re.search(r"^  vae ", table, re.MULTILINE)
-    assert re.search(r"jobs.compare: Good to sample from: (vae|gan) \(kernel ", output)
+        assert re.search(r"^  flow ", table, re.MULTILINE)
+    assert re.search(r"jobs.compare: Good to sample from: (flow|gan) \(kernel ", output)
     assert "training images (copies)" in output
 
 
 def test_children_of_one_run_have_the_same_metrics(output: str, client: MlflowClient) -> None:
     parent = named(client, "two")
-    vae, gan = (named(client, f"two-{family}-0") for family in ("vae", "gan"))
-    for child in (vae, gan):
+    flow, gan = (named(client, f"two-{family}-0") for family in ("flow", "gan"))
+    for child in (flow, gan):
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     measured = {name for name in gan.data.metrics if name.removesuffix(STANDARD_ERROR) in METRICS}
     assert "samples/frechet_distance" in measured
-    assert measured < vae.data.metrics.keys()
+    assert measured < flow.data.metrics.keys()
     assert parent.info.status == "FINISHED"
-    seconds = vae.data.metrics["efficiency/seconds_to_quality"]
-    assert vae.data.metrics["efficiency/usd_to_quality"] == pytest.approx(seconds * 3.6 / 3600)
+    seconds = flow.data.metrics["efficiency/seconds_to_quality"]
+    assert flow.data.metrics["efficiency/usd_to_quality"] == pytest.approx(seconds * 3.6 / 3600)
 
 
 def test_the_parent_holds_page_picture_and_figures(
@@ -77,13 +77,13 @@ def test_the_parent_holds_page_picture_and_figures(
     assert artifact(platform, parent, "comparison.png").startswith(b"\x89PNG")
     assert b"<!doctype html>" in artifact(platform, parent, "comparison.html")
     record = json.loads(artifact(platform, parent, "comparison.json"))
-    (figures,) = record["families"]["vae"]
-    run = named(client, "two-vae-0").data.metrics
+    (figures,) = record["families"]["flow"]
+    run = named(client, "two-flow-0").data.metrics
     assert figures == {name: run[name] for name in figures}
 
 
 def test_what_is_done_is_not_done_again(output: str, platform: Platform, client: MlflowClient) -> None:
-    before = {name: named(client, name).data.metrics for name in ("two-vae-0", "two-gan-0")}
+    before = {name: named(client, name).data.metrics for name in ("two-flow-0", "two-gan-0")}
     again = submit(platform, "jobs.compare", *COMMAND)
     assert again.count("was measured before") == again.count(" is finished") == 2
     tables = [said[said.index("Expressive: ") : said.index("  the page")] for said in (output, again)]
@@ -94,10 +94,10 @@ def test_what_is_done_is_not_done_again(output: str, platform: Platform, client:
 def test_the_same_version_measured_again_has_the_same_figures(
     output: str, platform: Platform, client: MlflowClient
 ) -> None:
-    before = named(client, "two-vae-0").data.metrics
-    said = submit(platform, "jobs.evaluate", "digits-vae@1")
+    before = named(client, "two-flow-0").data.metrics
+    said = submit(platform, "jobs.evaluate", "digits-flow@1")
     assert f"{before['test/bits_per_dim_lower_bound_tight']:.2f}" in said
-    after = named(client, "two-vae-0").data.metrics
+    after = named(client, "two-flow-0").data.metrics
     for name, metric in METRICS.items():
         if metric.is_repeatable and name in before:
             assert after[name] == before[name], name
