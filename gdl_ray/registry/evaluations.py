@@ -2,10 +2,12 @@
 
 A record is a JSON object: `protocol`, an object that says how it was measured; `protocol_digest`, equal where
 protocols are; `metrics`, values by name, each standard error under its metric's name and `_standard_error`.
+A version has a record for each protocol; its tags, its card and its run's metrics are of the newest.
 """
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,6 +20,7 @@ from gdl_ray.registry.versions import OWN, SCORES, VersionNotFound, look_up
 from gdl_ray.tracking import (
     PATIENCE_S,
     RunFacts,
+    ask,
     log_files,
     log_metrics,
     persist,
@@ -29,7 +32,8 @@ from gdl_ray.tracking import (
 FOLDER = "evaluation"
 """Of the run's artifacts that an evaluation writes."""
 
-_PROTOCOL = f"{OWN}protocol"
+_PROTOCOL = f"{OWN}protocol"  # tag of a version: digest of the protocol of its newest evaluation
+_RUN_PROTOCOL = "protocol_digest"  # the same as a tag of its run, beside `dataset_digest`
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +52,9 @@ def run_of(name: str, version: int) -> RunFacts:
 
 
 def write_evaluation(name: str, version: int, record: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """Write an evaluation down, in place of the version's former one; the same again changes nothing.
+    """Write an evaluation down as the version's newest; the same again changes nothing.
 
-    The record comes last: where it is, all the rest is.
+    The record comes last: where it is, all the rest is. Records of other protocols stay.
 
     Args:
         name: of the registered model.
@@ -70,9 +74,11 @@ def _write(name: str, version: int, record: Mapping[str, Any], files: Mapping[st
     before = read_evaluation(name, version)
     log_files(run.id, FOLDER, files)
     log_metrics(run.id, record["metrics"])
+    MlflowClient(tracking_uri()).set_tag(run.id, _RUN_PROTOCOL, record["protocol_digest"])
     _tag(name, version, record, before)
     _refresh_card(name, version, record)
-    log_files(run.id, FOLDER, {_file(version): json.dumps(record, indent=2, sort_keys=True).encode()})
+    text = json.dumps(record, indent=2, sort_keys=True)
+    log_files(run.id, FOLDER, {_file(version, record["protocol_digest"]): text.encode()})
 
 
 def _refresh_card(name: str, version: int, record: Mapping[str, Any]) -> None:
@@ -109,17 +115,53 @@ def _is_tag(metric: str) -> bool:
     return metric.startswith(SCORES) and (known is None or known.is_repeatable)
 
 
-def read_evaluation(name: str, version: int) -> dict[str, Any] | None:
-    """Read a version's evaluation; None where it was never evaluated.
+def read_evaluation(name: str, version: int, digest: str = "") -> dict[str, Any] | None:
+    """Read a version's evaluation under a protocol; None where it has none.
+
+    Args:
+        name: of the registered model.
+        version: its number.
+        digest: of the protocol; empty for that of the newest evaluation.
 
     Raises:
         VersionNotFound: if there is no such version, or it has no run.
         RegistryUnavailable: if the server does not answer.
     """
-    content = read_file(run_of(name, version).id, FOLDER, _file(version))
+    run = run_of(name, version)
+    digest = digest or _newest(name, version)
+    content = read_file(run.id, FOLDER, _file(version, digest)) if digest else None
     record: dict[str, Any] | None = None if content is None else json.loads(content)
     return record
 
 
-def _file(version: int) -> str:
-    return f"evaluation-v{version}.json"
+def common_protocol(name: str, current: int, candidate: int) -> str:
+    """Find the protocol to compare two versions by, of those that both were measured under.
+
+    The candidate's newest comes first, then the current one's, then any.
+
+    Returns:
+        Its digest; empty if they have none in common.
+
+    Raises:
+        VersionNotFound: if there is no such version, or it has no run.
+        RegistryUnavailable: if the server does not answer.
+    """
+    shared = _protocols(name, current) & _protocols(name, candidate)
+    wanted = (_newest(name, candidate), _newest(name, current), *sorted(shared))
+    return next((digest for digest in wanted if digest in shared), "")
+
+
+def _protocols(name: str, version: int) -> set[str]:
+    """List the digests of the protocols that a version has records of."""
+    items = ask(MlflowClient(tracking_uri()).list_artifacts, run_of(name, version).id, FOLDER)
+    pattern = f"{FOLDER}/{_file(version, '(.+)')}"
+    return {found[1] for item in items if (found := re.fullmatch(pattern, item.path))}
+
+
+def _newest(name: str, version: int) -> str:
+    """Read under which protocol a version was measured last; empty if it never was."""
+    return str(look_up(name, version).tags.get(_PROTOCOL, ""))
+
+
+def _file(version: int, digest: str) -> str:
+    return f"evaluation-v{version}-{digest}.json"

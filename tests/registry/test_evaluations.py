@@ -51,7 +51,8 @@ def test_an_evaluation_is_where_people_look_for_it(evaluated: Evaluated) -> None
     for name, value in RECORD["metrics"].items():
         assert [(each.step, each.value) for each in client.get_metric_history(run_id, name)] == [(90, value)]
     paths = {item.path for item in client.list_artifacts(run_id, "evaluation")}
-    assert paths == {f"evaluation/{name}" for name in ("evaluation-v1.json", *FILES)}
+    assert paths == {f"evaluation/{name}" for name in ("evaluation-v1-0123456789ab.json", *FILES)}
+    assert client.get_run(run_id).data.tags["protocol_digest"] == "0123456789ab"
     version = client.get_model_version("looked-at", "1")
     assert version.tags == {
         "validation/bits_per_dim": "1.7",
@@ -77,7 +78,7 @@ def test_the_same_evaluation_again_changes_nothing(evaluated: Evaluated) -> None
         assert len(client.get_metric_history(run_id, name)) == 1
 
 
-def test_another_protocol_leaves_nothing_of_the_former(evaluated: Evaluated) -> None:
+def test_another_protocol_leaves_nothing_of_the_former_but_its_record(evaluated: Evaluated) -> None:
     run_id, client = evaluated("renewed")
     other = {"protocol": {"split": "test"}, "protocol_digest": "f" * 12, "metrics": {"samples/recall": 0.5}}
     registry.write_evaluation("renewed", 1, other, {})
@@ -85,9 +86,41 @@ def test_another_protocol_leaves_nothing_of_the_former(evaluated: Evaluated) -> 
     version = client.get_model_version("renewed", "1")
     assert version.tags == tags
     assert "1.7500" not in str(version.description)
+    assert client.get_run(run_id).data.tags["protocol_digest"] == "f" * 12
     assert registry.read_evaluation("renewed", 1) == other
+    assert registry.read_evaluation("renewed", 1, "f" * 12) == other
+    assert registry.read_evaluation("renewed", 1, RECORD["protocol_digest"]) == RECORD
+    assert registry.read_evaluation("renewed", 1, "e" * 12) is None
     registry.write_evaluation("renewed", 1, RECORD, {})  # back again: the newest value is the one that counts
     assert [each[2] for each in registry.history(run_id, "samples/recall")] == [0.25, 0.5, 0.25]
+
+
+def test_versions_are_compared_under_a_protocol_that_both_have(
+    mlflow_client: MlflowClient, digits: Dataset
+) -> None:
+    """Three versions of one run, whose records lie side by side."""
+    run_id, _ = tracking.start_run("shared", digits, {}, {})
+    mlflow_client.create_registered_model("shared")
+    for _ in range(3):
+        mlflow_client.create_model_version("shared", "s3://nobody/model", run_id)
+
+    def measured(version: int, *digests: str) -> None:
+        for digest in digests:
+            record = {"protocol": {}, "protocol_digest": digest, "metrics": {}}
+            registry.write_evaluation("shared", version, record, {})
+
+    def common(current: int, candidate: int) -> str:
+        return evaluations.common_protocol("shared", current, candidate)
+
+    measured(1, "c", "a", "d")
+    assert common(1, 2) == ""
+    measured(2, "a", "c", "e")
+    assert (common(1, 2), common(2, 1)) == ("a", "a")  # the newest of neither
+    measured(1, "c")
+    assert (common(1, 2), common(2, 1)) == ("c", "c")
+    measured(2, "a")
+    assert (common(1, 2), common(2, 1)) == ("a", "c")  # the candidate's newest comes first
+    assert common(1, 3) == ""
 
 
 def test_a_record_is_there_only_when_all_the_rest_is(
