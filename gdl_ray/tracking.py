@@ -31,6 +31,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from PIL import Image
 from requests import HTTPError, RequestException
+from requests.exceptions import RetryError
 
 from gdl_ray.data import Dataset
 from gdl_ray.evaluate import metrics
@@ -61,6 +62,10 @@ PATIENCE_S = 600.0  # how long the end of a run waits for a server that does not
 
 class RegistryUnavailable(Exception):  # noqa: N818  (a state of the world, as QueueFull)
     """The MLflow server does not answer."""
+
+
+Refusal = MlflowException
+"""The MLflow server answers that it will not do it: to whom is not logged in, or may not."""
 
 
 def tracking_uri() -> str:
@@ -383,7 +388,7 @@ def persist(call: Callable[[], Any], limit_s: float = math.inf) -> Any:
 def _is_refusal(error: Exception) -> bool:
     """Whether the server answered that it will not do it, rather than that it cannot now."""
     status = 0
-    if isinstance(error, RestException):
+    if isinstance(error, MlflowException):
         status = error.get_http_status_code()  # type: ignore[no-untyped-call]
     elif isinstance(error, HTTPError) and error.response is not None:
         status = error.response.status_code
@@ -394,11 +399,13 @@ def ask(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Make one call.
 
     Raises:
-        RegistryUnavailable: if the server does not answer.
+        RegistryUnavailable: if the server does not answer, or with an error of its own.
     """
     try:
         return call(*args, **kwargs)
     except (MlflowException, RequestException) as error:
         if _is_refusal(error):
             raise
+        if isinstance(error, (RestException, HTTPError)) or isinstance(error.__context__, RetryError):
+            raise RegistryUnavailable(f"MLflow at {tracking_uri()} answers with an error: {error}") from error
         raise RegistryUnavailable(f"no MLflow server answers at {tracking_uri()}: {error}") from error
