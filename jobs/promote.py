@@ -1,6 +1,6 @@
 """Move an alias of a registered model to another version: by hand, if it is better, or back again.
 
-python -m jobs.promote digits-vae --to champion --if-better samples/frechet_distance
+python -m jobs.promote digits-vae --to champion --if-better samples/kernel_distance
 
 The endpoint follows within seconds. Every move is written down, with who made it and why: `--history` shows
 it, and `--rollback` undoes the last one; again, the one before.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gdl_ray import registry, tracking
-from gdl_ray.registry import promotion
+from gdl_ray.registry import evaluations, promotion
 from jobs.options import UsageError
 
 
@@ -49,9 +49,11 @@ def promote(reference: str, alias: str, metric: str, margin: float) -> int:
     if metric:
         is_better, why, values = _compared(name, before, version, metric, margin)
         if not is_better:
-            print(f"jobs.promote: {name}@{before} stays {alias}, not {version}: {why}")
+            stays = f"{name}@{before} stays {alias}, not {version}"
+            print(f"jobs.promote: {stays if before else f'{name}@{version} is not {alias}'}: {why}")
             return 1
-    promotion.move(name, alias, version, why, metric, values)
+    expected = before if metric else None
+    promotion.move(name, alias, version, why, metric, values, expected=expected)
     print(f"jobs.promote: {name}@{version} is {alias}, after {before or 'none'}: {why}")
     return 0
 
@@ -59,14 +61,13 @@ def promote(reference: str, alias: str, metric: str, margin: float) -> int:
 def _compared(
     name: str, before: int, version: int, metric: str, margin: float
 ) -> tuple[bool, str, tuple[float, ...]]:
-    candidate = _evaluation(name, version)
-    if not before:
-        return True, f"there was none to compare it with by {metric}", ()
-    return promotion.compare(metric, margin, _evaluation(name, before), candidate)
+    digest = evaluations.common_protocol(name, before, version) if before else ""
+    current = _evaluation(name, before, digest) if before else None
+    return promotion.compare(metric, margin, current, _evaluation(name, version, digest))
 
 
-def _evaluation(name: str, version: int) -> dict[str, Any]:
-    record = registry.read_evaluation(name, version)
+def _evaluation(name: str, version: int, digest: str) -> dict[str, Any]:
+    record = registry.read_evaluation(name, version, digest)
     if record is None:
         raise UsageError(
             f"{name}@{version} was never evaluated; do it first: python -m jobs.evaluate {name}@{version}"
@@ -78,7 +79,7 @@ def roll_back(name: str, alias: str) -> int:
     """Undo the last move of an alias; returns the exit code."""
     last = promotion.last_to_undo(name, alias)
     why = f"undoes the move of {last.at} by {last.by}"
-    promotion.move(name, alias, last.before, why, undoes=last.key)
+    promotion.move(name, alias, last.before, why, undoes=last.key, expected=last.to)
     print(f"jobs.promote: {name}@{last.before} is {alias} again, after {last.to}: {why}")
     return 0
 
@@ -148,6 +149,9 @@ def main(arguments: Sequence[str]) -> int:
         registry.RegistryUnavailable,
     ) as error:
         print(f"jobs.promote: {error}", file=sys.stderr)
+        return 2
+    except tracking.Refusal as error:
+        print(f"jobs.promote: MLflow refuses: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

@@ -1,7 +1,7 @@
 """Promotion: moving an alias to a version, with a record of who did it, when and why, that can be undone.
 
 A move is written down before it is made, as a tag of the registered model, and marked as made after. If the
-process ends in between, the alias itself tells the next one whether the move was made: nothing is lost.
+process ends in between, the next move finds out from where the alias is whether it was made: nothing is lost.
 """
 
 import getpass
@@ -10,9 +10,9 @@ import math
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from mlflow import MlflowClient
@@ -23,7 +23,11 @@ from gdl_ray.registry.card import flat, spelled
 from gdl_ray.registry.versions import OWN, VersionNotFound, look_up, registered
 from gdl_ray.tracking import ask, tracking_uri
 
+UNDER_WAY_S = 60.0
+"""A move that was planned less long ago may yet be made by the process that planned it."""
+
 _MOVE = f"{OWN}move."
+_MEMORISED = "samples/memorised"
 
 
 class PromotionError(Exception):
@@ -91,8 +95,11 @@ def move(
     metric: str = "",
     values: tuple[float, ...] = (),
     undoes: str = "",
+    expected: int | None = None,
 ) -> Move | None:
     """Move an alias to a version, and write down why; None if it is there already.
+
+    What killed processes have left is settled.
 
     Args:
         name: of the registered model.
@@ -102,15 +109,21 @@ def move(
         metric: what the versions were compared by.
         values: of the metric: of the version before, and of the new one.
         undoes: the move that this one undoes.
+        expected: where the alias was when this was decided, 0 for nowhere; None to move it from anywhere.
 
     Raises:
         VersionNotFound: if there is no such version.
-        PromotionError: if MLflow does not take the alias.
+        PromotionError: if the alias is not where it is expected, or MLflow does not take it.
         RegistryUnavailable: if the server does not answer.
     """
     look_up(name, version)
-    history(name)  # settles what another process has left
+    _settle_all(name)
     before = alias_of(name, alias)
+    if expected is not None and before != expected:
+        raise PromotionError(
+            f"{name}'s {alias} was version {expected or 'none'} when this move was decided, and is "
+            f"{before or 'none'} now: somebody else has moved it; see --history, and decide again"
+        )
     if before == version:
         return None
     now = datetime.now(UTC)
@@ -136,33 +149,32 @@ def move(
 
 
 def history(name: str) -> list[Move]:
-    """List the moves of a model's aliases, the oldest first; what a killed process has left is settled.
+    """List the moves of a model's aliases, the oldest first.
 
     Raises:
         VersionNotFound: if there is no such model.
         RegistryUnavailable: if the server does not answer.
     """
-    model = _model(name)
+    return _moves(_model(name))
+
+
+def _moves(model: Any) -> list[Move]:
     keys = sorted(key for key in model.tags if key.startswith(_MOVE))
-    moves = [_read(key.removeprefix(_MOVE), model.tags[key]) for key in keys]
-    return [_settle(name, each, int(model.aliases.get(each.alias, 0))) for each in moves]
+    return [_read(key.removeprefix(_MOVE), model.tags[key]) for key in keys]
 
 
 def last_to_undo(name: str, alias: str) -> Move:
     """Find the move that a rollback undoes: the last one that was made and is not undone.
 
+    What killed processes have left is settled.
+
     Raises:
-        PromotionError: if there is none, or the alias is not where it left it.
+        PromotionError: if there is none, the alias is not where it left it, or another move is under way.
         VersionNotFound: if there is no such model.
         RegistryUnavailable: if the server does not answer.
     """
-    stack: list[Move] = []
-    for each in history(name):
-        if each.alias == alias and each.state == "made":
-            if each.undoes:
-                stack = [move for move in stack if move.key != each.undoes]
-            else:
-                stack.append(each)
+    _settle_all(name)
+    stack = _not_undone([each for each in history(name) if each.alias == alias])
     now = alias_of(name, alias)
     if not stack:
         raise PromotionError(f"no move of {name}'s {alias} is left to undo")
@@ -180,35 +192,54 @@ def last_to_undo(name: str, alias: str) -> Move:
     return last
 
 
+def _not_undone(moves: Sequence[Move]) -> list[Move]:
+    """List the moves of one alias that were made and are not undone, the oldest first."""
+    stack: list[Move] = []
+    for each in moves:
+        if each.state == "planned":
+            raise PromotionError(
+                f"a move of {each.alias} from {each.before or 'none'} to {each.to} began at {each.at} and "
+                f"may be under way: try again in a minute"
+            )
+        if each.state == "made" and each.undoes:
+            stack = [move for move in stack if move.key != each.undoes]
+        elif each.state == "made":
+            stack.append(each)
+    return stack
+
+
 def compare(
-    metric: str, margin: float, current: Mapping[str, Any], candidate: Mapping[str, Any]
-) -> tuple[bool, str, tuple[float, float]]:
-    """Compare the evaluations of two versions.
+    metric: str, margin: float, current: Mapping[str, Any] | None, candidate: Mapping[str, Any]
+) -> tuple[bool, str, tuple[float, ...]]:
+    """Compare the evaluations of two versions. One whose samples are copies is never better.
 
     Args:
-        metric: one of METRICS.
+        metric: one of METRICS, with a standard error in both records.
         margin: standard errors of the difference that the candidate must be better by, 0 or more. The errors
             count as independent, so that versions measured on the same examples are judged with caution.
-        current: record of the version that the alias names.
+        current: record of the version that the alias names; None if it names none, and any is better.
         candidate: record of the version that may take its place.
 
     Returns:
-        Whether the candidate is better by the margin, why in words, and both values, the current one first.
+        Whether the candidate is better by the margin, why in words, and both values, the current one first;
+        no values where none were compared.
 
     Raises:
         PromotionError: if the results do not compare.
     """
     better = direction(metric)
+    if candidate["metrics"].get(_MEMORISED):
+        return False, f"its samples are copies of training images ({_MEMORISED} is 1)", ()
+    new, new_error = _value(metric, candidate, "new")
+    if current is None:
+        return True, f"there was none to compare it with by {metric}", ()
     _check_protocols(current, candidate)
     old, old_error = _value(metric, current, "current")
-    new, new_error = _value(metric, candidate, "new")
     gain = new - old if better == "higher" else old - new
     error = math.hypot(old_error, new_error)
     is_better = gain > margin * error
-    need = f"{margin:g} standard errors of the difference, {margin * error:.2g}"
     values = f"{metric} {spelled(new, new_error)} against {spelled(old, old_error)} ({better} is better)"
-    if not error:
-        need = "nothing, as neither has a standard error"
+    need = f"{margin:g} standard errors of the difference, {margin * error:.2g}"
     return is_better, f"{values}: better by {gain:.3g}, and it must be by more than {need}", (old, new)
 
 
@@ -238,12 +269,19 @@ def _check_protocols(current: Mapping[str, Any], candidate: Mapping[str, Any]) -
 
 
 def _value(metric: str, record: Mapping[str, Any], which: str) -> tuple[float, float]:
-    """Read a metric and its standard error, 0 where it has none."""
+    """Read a metric and its standard error."""
     metrics = record["metrics"]
-    if metric not in metrics:
-        known = ", ".join(name for name in METRICS if name in metrics)
-        raise PromotionError(f"--if-better {metric}: the {which} version has {known or 'no metrics'}")
-    return metrics[metric], metrics.get(standard_error(metric), 0.0)
+    if metric in metrics and standard_error(metric) in metrics:
+        return metrics[metric], metrics[standard_error(metric)]
+    lacks = "only its value, and no standard error to judge by" if metric in metrics else "no value of it"
+    known = ", ".join(_comparable(metrics)) or "nothing, as none of its metrics has a standard error"
+    raise PromotionError(f"--if-better {metric}: the {which} version has {lacks}; choose from {known}")
+
+
+def _comparable(metrics: Mapping[str, float]) -> list[str]:
+    """List the metrics that versions can be compared by: those with a direction and a standard error."""
+    known = (name for name, each in METRICS.items() if each.better != "neither")
+    return [name for name in known if name in metrics and standard_error(name) in metrics]
 
 
 def _model(name: str) -> Any:
@@ -255,10 +293,22 @@ def _model(name: str) -> Any:
         raise
 
 
+def _settle_all(name: str) -> None:
+    """Settle the moves that killed processes have left planned; those that may be under way stay.
+
+    The next move of the same alias tells where it was by then; after the last one, the alias does.
+    """
+    model = _model(name)
+    latest = datetime.now(UTC) - timedelta(seconds=UNDER_WAY_S)
+    was_at = {alias: int(version) for alias, version in model.aliases.items()}
+    for each in reversed(_moves(model)):
+        if each.state == "planned" and datetime.fromisoformat(each.at) <= latest:
+            _settle(name, each, was_at.get(each.alias, 0))
+        was_at[each.alias] = each.before
+
+
 def _settle(name: str, planned: Move, now: int) -> Move:
-    """Mark a planned move as made if the alias is where it was to go, and as dropped if not."""
-    if planned.state != "planned":
-        return planned
+    """Mark a planned move as made if the alias was then where it was to go, and as dropped if not."""
     settled = replace(planned, state="made" if now == planned.to else "dropped")
     if settled.state == "made":
         reason = f"{planned.at} by {planned.by}, from {planned.before or 'none'}: {planned.why}"

@@ -7,6 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from gdl_ray import registry
+from gdl_ray.evaluate.metrics import standard_error
 from gdl_ray.registry import promotion
 from gdl_ray.registry.promotion import PromotionError, compare, history, last_to_undo, move
 
@@ -73,16 +74,61 @@ def test_a_killed_move_is_told_from_a_made_one(
         with pytest.raises(KeyboardInterrupt):
             move(name, "champion", 2, "before the alias")
     assert champion(mlflow_client, name) == 1
-    assert [each.state for each in history(name)] == ["made", "dropped"]
+    assert [each.state for each in history(name)] == ["made", "planned"]  # to read settles nothing
+    with pytest.raises(PromotionError, match=r"a move of champion from 1 to 2 began at .* in a minute"):
+        undo(name)
     with monkeypatch.context() as patch:
-        patch.setattr(promotion, "_settle", lambda name, each, now: each if now == 1 else killed())
+        patch.setattr(promotion, "_settle", killed)
         with pytest.raises(KeyboardInterrupt):
             move(name, "champion", 3, "after the alias")
     assert champion(mlflow_client, name) == 3
-    assert [(each.to, each.state) for each in history(name)] == [(1, "made"), (2, "dropped"), (3, "made")]
+    assert [each.state for each in history(name)] == ["made", "planned", "planned"]
+    move(name, "next", 1, "others may be under way")
+    assert [each.state for each in history(name)] == ["made", "planned", "planned", "made"]
+    monkeypatch.setattr(promotion, "UNDER_WAY_S", 0.0)  # time goes by
+    move(name, "champion", 2, "another")
     assert "after the alias" in mlflow_client.get_model_version(name, "3").tags["gdl_ray.promoted.champion"]
     undo(name)
+    made = [(each.to, each.state) for each in history(name) if each.alias == "champion"]
+    assert made == [(1, "made"), (2, "dropped"), (3, "made"), (2, "made"), (3, "made")]
+    undo(name)
     assert champion(mlflow_client, name) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_move_is_told_by_where_the_next_one_began(
+    mlflow_client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one was made within the minute, and the alias is no longer where the killed one took it."""
+    name = with_versions(mlflow_client, "followed")
+    move(name, "champion", 1, "first")
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(promotion, "_settle", killed)
+        with pytest.raises(KeyboardInterrupt):
+            move(name, "champion", 2, "killed after the alias")
+    move(name, "champion", 3, "the next")
+    monkeypatch.setattr(promotion, "UNDER_WAY_S", 0.0)
+    for back in (2, 1):
+        undo(name)
+        assert champion(mlflow_client, name) == back
+
+
+@pytest.mark.slow
+def test_what_was_decided_for_another_champion_is_not_done(mlflow_client: MlflowClient) -> None:
+    name = with_versions(mlflow_client, "decided")
+    assert move(name, "champion", 1, "the first", expected=0)
+    mlflow_client.set_registered_model_alias(name, "champion", "3")
+    for expected, told in ((1, "was version 1"), (0, "was version none")):
+        with pytest.raises(PromotionError, match=f"decided's champion {told} when .*, and is 3 now"):
+            move(name, "champion", 2, "better than that", expected=expected)
+    assert champion(mlflow_client, name) == 3
+    assert len(history(name)) == 1
+    assert move(name, "champion", 2, "better than 3", expected=3)
+    assert champion(mlflow_client, name) == 2
 
 
 @pytest.mark.slow
@@ -112,7 +158,7 @@ def record(value: float, error: float = 0.0, metric: str = BITS, **protocol: Any
 
 @pytest.mark.parametrize(
     ("metric", "gain"),
-    [(BITS, -1), ("samples/recall", 1), ("test/nats_exact", 1), ("samples/frechet_distance", -1)],
+    [(BITS, -1), ("test/bayes_accuracy", 1), ("test/nats_exact", 1), ("samples/kernel_distance", -1)],
 )
 def test_better_is_by_more_than_the_margin_in_the_metrics_own_direction(metric: str, gain: float) -> None:
     """Errors 3 and 4 of a value make 5 of the difference."""
@@ -124,11 +170,48 @@ def test_better_is_by_more_than_the_margin_in_the_metrics_own_direction(metric: 
         assert values == (100, 100 + gain * difference)
 
 
-def test_without_errors_any_gain_will_do_and_nothing_is_better_than_itself() -> None:
-    assert compare(BITS, 2, record(2), record(1.999))[0]
-    assert not compare(BITS, 0, record(2), record(2))[0]
-    assert not compare(BITS, 2, record(2), record(math.nan))[0]
-    assert "neither has a standard error" in compare(BITS, 2, record(2), record(1.999))[1]
+def test_nothing_is_better_than_itself_or_for_not_being_a_number() -> None:
+    assert not compare(BITS, 0, record(2, 0.1), record(2, 0.1))[0]
+    assert not compare(BITS, 2, record(2, 0.1), record(math.nan, 0.1))[0]
+    assert not compare(BITS, 2, record(2, 0.1), record(1, math.nan))[0]
+
+
+@pytest.mark.parametrize("metric", ["samples/frechet_distance", "efficiency/samples_per_s_batch_1"])
+def test_a_metric_without_a_standard_error_decides_nothing(metric: str) -> None:
+    with_errors = {
+        "samples/kernel_distance": 0.1,
+        BITS: 2.0,
+        "samples/copying_z": 0.0,
+        "latent/smoothness": 1.0,
+    }
+    errors = {standard_error(name): 0.01 for name in with_errors if name != "latent/smoothness"}
+
+    def measured(value: float) -> dict[str, Any]:
+        return {**record(1), "metrics": {metric: value, **with_errors, **errors}}
+
+    told = f"--if-better {metric}: the new version has only its value, and no standard error to judge by; "
+    for current in (measured(5), None):
+        with pytest.raises(PromotionError) as refused:
+            compare(metric, 2, current, measured(500))
+        assert str(refused.value) == f"{told}choose from {BITS}, samples/kernel_distance"
+    with pytest.raises(PromotionError, match="the current version has only its value"):
+        compare(BITS, 2, record(2), record(1, 0.1))
+
+
+@pytest.mark.parametrize("metric", [BITS, "samples/frechet_distance", "samples/recall"])
+@pytest.mark.parametrize("current", [record(2, 0.01), None])
+def test_copies_of_training_images_are_never_better(metric: str, current: dict[str, Any] | None) -> None:
+    candidate = record(1, 0.01)
+    candidate["metrics"]["samples/memorised"] = 1.0
+    told = "its samples are copies of training images (samples/memorised is 1)"
+    assert compare(metric, 2, current, candidate) == (False, told, ())
+    candidate["metrics"]["samples/memorised"] = 0.0
+    assert compare(BITS, 2, current, candidate)[0]
+
+
+def test_a_first_version_needs_no_other_to_be_better_than() -> None:
+    expected = (True, f"there was none to compare it with by {BITS}", ())
+    assert compare(BITS, 2, None, record(1, 0.1)) == expected
 
 
 def test_why_is_said_in_words() -> None:
@@ -139,15 +222,21 @@ def test_why_is_said_in_words() -> None:
 
 
 def test_results_of_different_protocols_are_not_compared() -> None:
-    other = record(1, samples={"count": 20, "seed": 0}, extractor="digits-classifier@2")
+    other = record(1, 0.1, samples={"count": 20, "seed": 0}, extractor="digits-classifier@2")
     with pytest.raises(PromotionError) as refused:
-        compare(BITS, 2, record(2), other)
+        compare(BITS, 2, record(2, 0.1), other)
     told = "(extractor: -, then digits-classifier@2; samples.count: 10, then 20)"
     assert f"different protocols do not compare {told}: evaluate both" in str(refused.value)
 
 
 def test_what_cannot_be_compared_is_named() -> None:
-    with pytest.raises(PromotionError, match="samples/copying_z is not known to be better one way"):
-        compare("samples/copying_z", 2, record(1), record(1))
-    with pytest.raises(PromotionError, match=f"samples/recall: the current version has {BITS}"):
+    for metric in ("samples/copying_z", "test/log_z_gap_nats"):
+        with pytest.raises(PromotionError, match=f"{metric} is not known to be better one way"):
+            compare(metric, 2, record(1, 0.1, metric), record(0.5, 0.1, metric))
+    recall = "samples/recall: the {} version has no value of it; choose from " + BITS
+    with pytest.raises(PromotionError, match=recall.format("new")):
+        compare("samples/recall", 2, record(1), record(1, 0.1))
+    with pytest.raises(PromotionError, match=recall.format("current")):
+        compare("samples/recall", 2, record(1, 0.1), record(1, 0.1, "samples/recall"))
+    with pytest.raises(PromotionError, match="choose from nothing, as none of its metrics has a standard"):
         compare("samples/recall", 2, record(1), record(1))
