@@ -21,6 +21,7 @@ from urllib.parse import urlencode
 # MLflow's own retries last minutes; who calls here knows better how long to wait.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # what people train is theirs to tell
 # The job says itself, in a line, where the run and the model are.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 

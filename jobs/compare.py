@@ -284,8 +284,7 @@ def _measured(comparison: Comparison, found: tuple[Classifier, str]) -> tuple[li
 def evaluated(name: str, version: int, work: Work, found: tuple[Classifier, str]) -> Evaluation:
     """Measure a version, unless it was before, by the same protocol."""
     subject = prepare(name, version, work, found)
-    record = registry.read_evaluation(name, version)
-    if record and record["protocol_digest"] == subject.protocol.digest:
+    if record := registry.read_evaluation(name, version, subject.protocol.digest):
         print(f"{work.job}: {name}@{version} was measured before", flush=True)
         return Evaluation(**record)
     return evaluate(name, version, subject, work)
@@ -397,7 +396,7 @@ def main(arguments: Sequence[str]) -> int:
         for options in comparison.options:
             connect(options)
         return run(comparison)
-    except (UsageError, tracking.RegistryUnavailable) as error:
+    except (UsageError, tracking.RegistryUnavailable, tracking.Refusal) as error:
         print(f"jobs.compare: {error}", file=sys.stderr)
         return 2
     except (EvaluationError, TimeoutExpired) as error:

@@ -312,7 +312,7 @@ def main(arguments: Sequence[str]) -> int:
         for name, version in versions:
             evaluation = evaluate(name, version, prepare(name, version, work), work)
             print(f"{shown(evaluation)}\n  {registry.page(name, version)}", flush=True)
-    except (UsageError, tracking.RegistryUnavailable) as error:
+    except (UsageError, tracking.RegistryUnavailable, tracking.Refusal) as error:
         print(f"jobs.evaluate: {error}", file=sys.stderr)
         return 2
     except (EvaluationError, TimeoutExpired) as error:
