@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from infra.gcloud import GcloudError, gcloud
 from infra.gcp_machine import create_command, startup
 from infra.local import PROJECT
 from infra.plan import Job, Refused
-from infra.stack import Head, Stack, load
+from infra.stack import Head, Stack, Storage, load
 from tests.infra import fake_gcloud
 from tests.infra.fake_gcloud import instance
 
@@ -42,8 +43,9 @@ class Project:
         self._file = file
         self._lock = threading.Lock()
         quotas = {"quotas": [GPUS, SPOT], "project_quotas": [ALL]}
-        empty: dict[str, Any] = {"things": {}, "instances": [], "bindings": [], "told": [], "complaints": {}}
-        file.write_text(json.dumps(empty | quotas | {"zones": ZONES, "full": [], "available": ""}))
+        empty: dict[str, Any] = {"things": {}, "instances": [], "disks": [], "bindings": [], "told": []}
+        empty |= {"zones": ZONES, "full": [], "available": "", "complaints": {}, "project": "my-project"}
+        file.write_text(json.dumps(empty | quotas))
 
     @property
     def state(self) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class Project:
 
     def changes(self) -> list[list[str]]:
         """The command lines that change something."""
-        reading = {"describe", "describe-from-family", "list", "get-iam-policy"}
+        reading = {"describe", "describe-from-family", "list", "get-iam-policy", "print-access-token", "get"}
         return [words for words in self.told if not reading & set(words)]
 
 
@@ -87,6 +89,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     fake = Path(__file__).with_name("fake_gcloud.py")
     stub.write_text(f'#!/bin/sh\nexec {sys.executable} -S {fake} "$@"\n')
     stub.chmod(0o755)
+    for name in ("rsync", "ssh"):  # that they are there is all that is asked of them
+        stub.with_name(name).symlink_to("/bin/true")
     monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path / "project"))
     monkeypatch.setenv("GDL_RAY_HOME", str(tmp_path / "home"))
@@ -173,12 +177,39 @@ def test_up_makes_all_once_and_hands_over_to_ray(
     gcp.up(cluster, yes=True)
     assert len(project.changes()) == made
     labels = {"gdl-ray-stack": "demo", "ray-node-type": "head", "gdl-ray-expires-at": "2030-01-01t00_00_00z"}
-    project.set(instances=[instance("ray-demo-head", "us-central1-b", labels, "e2-standard-4")])
+    head = instance("ray-demo-head", "us-central1-b", labels, "e2-standard-4")
+    project.set(instances=[head | {"labels": labels | {"ray-node-status": "up-to-date"}}])
     gcp.up(cluster, yes=True)
     assert rays[-1] == ("up", "-y", "--no-config-cache", "--no-restart", str(folder.cluster))
     text = folder.cluster.read_text()
     assert "availability_zone: us-central1-b" in text  # where the head is
     assert "2030-01-01T00:00:00Z" in text  # another time would be another head to Ray
+
+
+def test_services_are_started_until_they_once_were(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that was left unfinished gets its services; one that has them keeps its jobs."""
+    failed = {"gdl-ray-stack": "demo", "ray-node-type": "head", "ray-node-status": "update-failed"}
+    folder = gcp.folder_of(cluster)
+    gcp.up(cluster, yes=True)
+    project.set(instances=[instance("head", "us-central1-b", failed, "e2-standard-4")])
+    code = 1
+
+    def ray(*words: str) -> int:
+        rays.append(words)
+        return code
+
+    monkeypatch.setattr(gcp, "_ray", ray)
+    with pytest.raises(Refused, match="exit code 1"):
+        gcp.up(cluster, yes=True)
+    code = 0
+    gcp.up(cluster, yes=True)
+    assert rays[-2:] == [("up", "-y", "--no-config-cache", str(folder.cluster))] * 2
+    gcp.up(cluster, yes=True)  # Ray's label still tells of a failure, as after an update that was cut off
+    assert "--no-restart" in rays[-1]
+    gcp.up(cluster, yes=True, restart=True)
+    assert "--no-restart" not in rays[-1]
 
 
 def test_rights_are_narrow(project: Project, cluster: Stack, rays: list[tuple[str, ...]]) -> None:
@@ -212,6 +243,95 @@ def test_up_that_was_interrupted_goes_on(
     assert state["things"]["storage buckets gs://gdl-ray-my-project-demo"]["versioning_enabled"] is True
     assert len(state["bindings"]) == 4
     assert len(rays) == 1
+
+
+def test_the_bucket_keeps_replaced_versions_for_a_month(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
+) -> None:
+    gcp.up(cluster, yes=True)
+    things = project.state["things"]
+    bucket = things["storage buckets gs://gdl-ray-my-project-demo"]
+    rule = {"action": {"type": "Delete"}, "condition": {"daysSinceNoncurrentTime": 30}}
+    assert rule in bucket["lifecycle_config"]["rule"]
+    bucket["lifecycle_config"]["rule"].remove(rule)
+    project.set(things=things)
+    assert any("replaced versions for 30 days" in step for step in gcp.plan(cluster).steps)
+
+
+def test_a_bucket_of_the_users_own_is_used_as_it_is(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
+) -> None:
+    stack = replace(cluster, storage=Storage(bucket="my-thesis-data"))
+    with pytest.raises(Refused, match="gs://my-thesis-data does not exist; make it"):
+        gcp.up(stack, yes=True)
+    assert project.changes() == []
+    mine = {"name": "my-thesis-data", "versioning_enabled": False}
+    project.set(things={"storage buckets gs://my-thesis-data": mine})
+    gcp.up(stack, yes=True)
+    assert gcp.down(stack, yes=True, delete_data=True) == []
+    assert project.state["things"] == {"storage buckets gs://my-thesis-data": mine}
+    left = [each for each in project.state["bindings"] if not each[0].startswith("iam")]
+    assert left == []  # the stack's rights on what is not its own are taken back
+    assert not [words for words in project.told if words[:2] == ["storage", "rm"]]
+
+
+def test_what_a_launcher_needs_is_asked_for_before_anything_is_made(
+    project: Project, cluster: Stack, machine: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.set(complaints={"application-default": "ERROR: Your default credentials were not found."})
+    monkeypatch.setattr(gcp, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match="gcloud auth application-default login") as refused:
+        gcp.up(cluster, yes=True)
+    assert "pip install 'gdl_ray[gcp]'" in str(refused.value)
+    assert project.changes() == []
+    assert gcp.plan(machine).problems == []  # which Ray's launcher does not make
+
+
+def test_gpus_that_the_stack_has_already_are_not_missing(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
+) -> None:
+    labels = {"gdl-ray-stack": "demo", "ray-node-type": "worker"}
+    mine = [instance(f"w{i}", ZONES[0], labels, "g2-standard-8") for i in range(4)]
+    spot = [each | {"scheduling": {"provisioningModel": "SPOT"}} for each in mine]
+    project.set(
+        instances=spot,
+        quotas=[GPUS, SPOT | {"limit": 4, "usage": 4}],
+        project_quotas=[ALL | {"limit": 6, "usage": 4}],
+    )
+    assert gcp.plan(cluster).problems == []
+    project.set(instances=[each | {"status": "TERMINATED"} for each in spot])  # others use those that count
+    assert len(gcp.plan(cluster).problems) == 2
+
+
+def test_a_job_on_one_machine_must_find_room_there(project: Project, machine: Stack) -> None:
+    assert gcp.plan(machine, Job.parse("workers=2,cpu=4")).fits == {
+        "workers=2,cpu=4,gpu=0": "fits: launches nothing"
+    }
+    plan = gcp.plan(machine, Job.parse("workers=2,cpu=1,gpu=1"))
+    assert any("the one machine, g2-standard-8, has 8 CPU, 1 GPU" in problem for problem in plan.problems)
+    old = replace(machine, head=Head(type="n1-standard-8"))
+    assert gcp.plan(old, Job.parse("gpu=1")).problems == []  # one is attached
+
+
+def test_a_project_that_may_not_be_seen_is_not_an_empty_one(project: Project, cluster: Stack) -> None:
+    project.set(complaints={"instances list": "ERROR: The resource 'projects/my-projetc' was not found"})
+    for verb in (gcp.status, gcp.plan):
+        with pytest.raises(Refused, match="my-projetc"):
+            verb(cluster)
+    with pytest.raises(Refused, match="my-projetc"):
+        gcp.down(cluster, yes=True)
+
+
+def test_ctrl_c_is_how_a_tunnel_ends(
+    project: Project, machine: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gcp.up(machine, yes=True)
+
+    def interrupted(command: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gcp, "subprocess", SimpleNamespace(run=interrupted))
+    assert gcp.tunnel(machine) == 0
 
 
 def test_a_machine_goes_where_there_is_room(project: Project, machine: Stack) -> None:
@@ -260,7 +380,7 @@ def test_a_gpu_is_attached_where_the_machine_brings_none(machine: Stack) -> None
     assert not [
         word for kind in ("g2-standard-8", "a2-highgpu-1g") for word in command(kind) if "accel" in word
     ]
-    assert {"--max-run-duration=43200s", "--instance-termination-action=DELETE"} <= set(
+    assert {"--termination-time=2030-01-01T00:00:00Z", "--instance-termination-action=DELETE"} <= set(
         command("n1-standard-8")
     )
 
@@ -302,6 +422,27 @@ def test_what_cannot_be_deleted_is_named(project: Project, machine: Stack) -> No
     assert "compute networks gdl-ray-demo" in things
 
 
+def test_what_may_not_be_deleted_is_named_and_the_rest_goes(project: Project, machine: Stack) -> None:
+    gcp.up(machine, yes=True)
+    folder = gcp.folder_of(machine)
+    project.set(complaints={"firewall-rules delete": "ERROR: Required 'compute.firewalls.delete' permission"})
+    left = gcp.down(machine, yes=True)
+    rules = ["firewall rule gdl-ray-demo-inside", "firewall rule gdl-ray-demo-proxy"]
+    assert [line.partition(":")[0] for line in left] == ["network gdl-ray-demo", *rules]
+    assert "it is not allowed" in left[-1]
+    assert folder.path.exists()  # what is left may need its key
+    project.set(complaints={})
+    assert gcp.down(machine, yes=True) == []
+    assert not folder.path.exists()
+
+
+def test_where_nothing_is_found_nothing_is_removed_here(project: Project, machine: Stack) -> None:
+    folder = gcp.folder_of(machine)
+    folder.make()
+    assert gcp.down(machine, yes=False) == []
+    assert folder.token.exists()
+
+
 def test_status_tells_age_end_drift_and_orphans(
     project: Project, cluster: Stack, rays: list[tuple[str, ...]]
 ) -> None:
@@ -323,20 +464,92 @@ def test_status_tells_age_end_drift_and_orphans(
     assert status.nodes[0].age_h > 24
 
 
-def test_gc_finds_what_is_past_its_time_in_any_stack(project: Project) -> None:
-    old = {"gdl-ray-stack": "a", "gdl-ray-expires-at": "2020-01-01t00_00_00z"}
-    new = {"gdl-ray-stack": "b", "gdl-ray-expires-at": "2090-01-01t00_00_00z"}
-    project.set(
-        instances=[
-            instance("old", "us-central1-a", old, "e2-standard-4"),
-            instance("far", "europe-west4-a", old, "e2-standard-4"),
-            instance("new", "us-central1-a", new, "e2-standard-4"),
-        ]
+def left_behind(project: Project, name: str, region: str, expires: str) -> None:
+    """Put what `up` makes for a stack into a project, with a head of a time, or without one."""
+    gcp.up(
+        Stack(stack=name, cloud="gcp", project="my-project", region=region, head=Head(type="e2-standard-4")),
+        yes=True,
+        foundation_only=True,
     )
-    assert gcp.gc(yes=False) == ["old in us-central1-a, running", "far in europe-west4-a, running"]
-    assert project.changes() == []
+    labels = {"gdl-ray-stack": name, "gdl-ray-expires-at": expires}
+    if expires:
+        node = instance(f"{name}-head", f"{region}-a", labels, "e2-standard-4")
+        project.set(instances=[*project.state["instances"], node])
+
+
+def test_gc_finds_what_is_past_its_time_in_any_stack(project: Project) -> None:
+    project.set(zones=["us-central1-a", "europe-west4-a"])
+    left_behind(project, "old", "us-central1", "2020-01-01t00_00_00z")
+    left_behind(project, "far", "europe-west4", "2020-01-01t00_00_00z")
+    left_behind(project, "new", "us-central1", "2090-01-01t00_00_00z")
+    left_behind(project, "bare", "us-central1", "")
+    before, kept = project.changes(), set(project.state["things"])
+    found = gcp.gc(yes=False)
+    assert {"old-head in us-central1-a, running", "far-head in europe-west4-a, running"} <= set(found)
+    for name in ("old", "far", "bare"):
+        assert f"network gdl-ray-{name}" in found
+        assert f"account gdl-{name}-head@my-project.iam.gserviceaccount.com" in found
+        assert f"right of gdl-{name}-head to launch nodes in my-project" in found
+    assert not [line for line in found if "new" in line or line.startswith("bucket")]
+    assert project.changes() == before
     assert gcp.gc(regions=("us-central1",), yes=True) == []
-    assert [each["name"] for each in project.state["instances"]] == ["far", "new"]
+    assert [each["name"] for each in project.state["instances"]] == ["far-head", "new-head"]
+    buckets = {f"storage buckets gs://gdl-ray-my-project-{name}" for name in ("old", "bare")}
+    gone = {each for each in kept if "-old" in each or "-bare" in each} - buckets
+    assert set(project.state["things"]) == kept - gone
+    assert gcp.gc(yes=True) == []
+    assert gcp.gc(yes=True, expired=False) == []
+    assert {each.partition(" gs:")[0] for each in project.state["things"]} == {"storage buckets"}
+
+
+def test_gc_leaves_a_stack_alone_that_is_just_being_made(project: Project) -> None:
+    left_behind(project, "bare", "us-central1", "")
+    things = project.state["things"]
+    things["compute networks gdl-ray-bare"]["creationTimestamp"] = datetime.now(UTC).isoformat()
+    project.set(things=things)
+    assert gcp.gc(yes=True) == []
+    assert project.state["things"] == things
+
+
+def test_gc_finds_disks_that_no_node_uses(project: Project) -> None:
+    zone = "https://www.googleapis.com/compute/v1/projects/my-project/zones/us-central1-a"
+    disk = {"name": "d", "zone": zone, "labels": {"gdl-ray-stack": "lost"}}
+    used = disk | {"name": "u", "users": ["https://.../instances/i"]}
+    project.set(disks=[disk, used])
+    assert gcp.gc(yes=False) == ["disk d in us-central1-a"]
+    assert gcp.gc(yes=True) == []
+    assert project.state["disks"] == [used]
+
+
+def test_gc_looks_in_the_project_of_the_stack(project: Project) -> None:
+    project.set(project="")
+    with pytest.raises(Refused, match="set to no project"):
+        gcp.gc()
+    gcp.gc(project="another")
+    asked = [words for words in project.told if words[0] in ("compute", "iam")]
+    assert asked
+    assert all("--project=another" in words for words in asked)
+
+
+def test_gc_asks_at_a_terminal(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_behind(project, "old", "us-central1", "2020-01-01t00_00_00z")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    before = project.changes()
+    with pytest.raises(Refused, match="not confirmed"):
+        gcp.gc()
+    assert project.changes() == before
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert gcp.gc() == []
+    assert project.state["instances"] == []
+
+
+def test_a_number_is_not_an_answer() -> None:
+    said = GcloudError("ERROR: Permission denied on projects/404409 (request 140914041)")
+    assert not said.is_absent
+    assert not said.is_there
+    taken = "ERROR: HTTPError 409: The requested bucket name is not available."
+    assert not GcloudError(taken).is_there  # it is another's
 
 
 @pytest.mark.parametrize(
@@ -385,9 +598,16 @@ def commands(
 ) -> list[list[str]]:
     """Each kind of command line that the verbs have given."""
     gcp.up(cluster, yes=True)
+    head = {"gdl-ray-stack": "demo", "ray-node-type": "head"}
+    zone = f"projects/my-project/zones/{ZONES[0]}"
+    project.set(
+        instances=[instance("head", ZONES[0], head, "e2-standard-4")],
+        disks=[{"name": "d", "zone": zone, "labels": head}],
+    )
+    gcp.up(cluster, yes=True)
     gcp.down(cluster, yes=True, delete_data=True)
     gcp.up(machine, yes=True)
-    gcp.gc(expired=False, yes=True)
+    gcp.gc(expired=False, yes=True, project="my-project")
     gcp.up(replace(machine, head=Head(type="n1-standard-8")), yes=True)
     tunnel = gcp.tunnel_command(machine)[1:]
     kinds = {_kind(words): words for words in project.told}
@@ -422,4 +642,4 @@ def test_the_real_gcloud_takes_each_command_line(commands: list[list[str]], tmp_
     assert refused[0] == 2  # so the others are right, because they get further
     for words, (code, said) in zip(commands, answers, strict=True):
         assert code == 1, (words, said)
-        assert "active account" in said, (words, said)
+        assert re.search("active account|default credentials were not found", said), (words, said)
