@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from infra import cluster, gcp_machine
-from infra.folder import Folder
+from infra.folder import folder_of
 from infra.gcloud import GcloudError, executable, found, gcloud, gone
 from infra.gcp_foundation import account_of, bucket_of, missing, name_of, things
-from infra.local import home_dir
 from infra.nodes import HEAD, TAG, Facts, Machine
 from infra.plan import Job, Node, NodePlan, Plan, Refused, Status
 from infra.stack import Stack
@@ -269,7 +268,7 @@ def tunnel_command(stack: Stack) -> list[str]:
     except GcloudError as error:
         raise error.refusal() from error
     if not heads:
-        raise Refused(f"{stack.stack} has no head that runs: `python -m infra up` starts one")
+        raise Refused(f"{stack.stack} has no head that runs: `python -m infra up -f` its file starts one")
     place = [f"--zone={_last(heads[0]['zone'])}", f"--project={stack.project}", "--tunnel-through-iap"]
     forwards = [word for port in PORTS for word in ("-L", f"{port}:localhost:{port}")]
     return [executable(), "compute", "ssh", heads[0]["name"], *place, "--", "-N", *forwards]
@@ -374,11 +373,6 @@ def _last(address: str) -> str:
 
 def _kinds(stack: Stack) -> str:
     return " and ".join(dict.fromkeys([stack.head.type, *(each.type for each in stack.workers)]))
-
-
-def folder_of(stack: Stack) -> Folder:
-    """Name the folder of a stack on this machine."""
-    return Folder(home_dir() / "stacks" / stack.stack)
 
 
 def _confirm(question: str, yes: bool) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from infra import gcloud as gcloud_module
 from infra import gcp
-from infra.folder import Folder
+from infra.folder import Folder, folder_of
 from infra.gcloud import GcloudError, gcloud
 from infra.gcp_machine import create_command, startup
 from infra.local import PROJECT
@@ -165,7 +165,7 @@ def test_up_makes_all_once_and_hands_over_to_ray(
     project: Project, cluster: Stack, rays: list[tuple[str, ...]]
 ) -> None:
     gcp.up(cluster, yes=True)
-    folder = gcp.folder_of(cluster)
+    folder = folder_of(cluster)
     assert rays == [("up", "-y", "--no-config-cache", str(folder.cluster))]
     assert folder.key.stat().st_mode & 0o777 == 0o600
     assert folder.key.with_suffix(".pub").read_text().split()[1] in folder.cluster.read_text()
