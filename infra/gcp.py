@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import cluster, gcp_machine, gcp_teardown
-from infra.folder import Folder
+from infra.folder import folder_of, make_key, public_key
 from infra.gcloud import GcloudError, executable, gcloud, may_be_used, set_project
 from infra.gcp_foundation import account_of, bucket_of, bucket_problems, missing, name_of
 from infra.gcp_nodes import (
@@ -34,11 +34,10 @@ from infra.gcp_nodes import (
     mark_started,
     running_head,
 )
-from infra.local import home_dir
 from infra.nodes import HEAD, TAG, Facts, Machine
-from infra.plan import Job, Node, NodePlan, Plan, Refused, Status
+from infra.plan import Job, Node, NodePlan, Plan, Refused, Status, Step, confirm
+from infra.programs import LAUNCHER, programs_missing
 from infra.stack import Stack
-from infra.steps import LAUNCHER, Step, confirm, programs_missing
 
 PORTS = (8265, 5000, 8000)
 
@@ -208,7 +207,8 @@ def _ray_up(stack: Stack, survey: Survey, *, no_restart: bool) -> None:
         raise Refused(
             f"{folder.key} is not here: copy {folder.path} from the machine that has made the stack"
         )
-    gcp_machine.make_key(folder)
+    if not folder.key.exists():
+        make_key(folder.key, name_of(stack))
     rendered = _render(stack, survey, code=folder.pack())
     if problems := cluster.validate(rendered):
         raise Refused("\n".join(f"cluster file: {problem}" for problem in problems))
@@ -220,7 +220,6 @@ def _ray_up(stack: Stack, survey: Survey, *, no_restart: bool) -> None:
 
 def _render(stack: Stack, survey: Survey, *, code: str) -> dict[str, Any]:
     folder = folder_of(stack)
-    public = folder.key.with_suffix(".pub")
     facts = Facts(
         folder=folder,
         code=code,
@@ -231,7 +230,7 @@ def _render(stack: Stack, survey: Survey, *, code: str) -> dict[str, Any]:
         zones=dict.fromkeys([HEAD, *(each.name for each in stack.workers)], survey.zones),
         head_account=account_of(stack, "head"),
         worker_account=account_of(stack, "worker"),
-        public_key=public.read_text().strip() if public.exists() else "",
+        public_key=public_key(folder.key) if folder.key.exists() else "",
     )
     return cluster.render(stack, facts)
 
@@ -314,7 +313,7 @@ def tunnel_command(stack: Stack) -> list[str]:
     except GcloudError as error:
         raise error.refusal() from error
     if head is None:
-        raise Refused(f"{stack.stack} has no head that runs: `python -m infra up -f FILE` starts one")
+        raise Refused(f"{stack.stack} has no head that runs: `python -m infra up -f` its file starts one")
     place = [f"--zone={last(head['zone'])}", f"--project={stack.project}", "--tunnel-through-iap"]
     forwards = [word for port in PORTS for word in ("-L", f"{port}:localhost:{port}")]
     return [executable(), "compute", "ssh", head["name"], *place, "--", "-N", *forwards]
@@ -380,8 +379,3 @@ def gc(
 
 def _kinds(stack: Stack) -> str:
     return " and ".join(dict.fromkeys([stack.head.type, *(each.type for each in stack.workers)]))
-
-
-def folder_of(stack: Stack) -> Folder:
-    """Name the folder of a stack on this machine."""
-    return Folder(home_dir() / "stacks" / stack.stack)

@@ -1,6 +1,5 @@
 """Machines on Google Cloud: types, images, quotas, and the one machine of a stack without workers."""
 
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,18 +81,6 @@ def _in_use(stack: Stack, machines: Mapping[str, Machine]) -> dict[str, int]:
             for metric in _metrics(has, is_spot(each)):
                 used[metric] = used.get(metric, 0) + has.gpus
     return used
-
-
-def make_key(folder: Folder) -> None:
-    """Make the stack's own key for ssh, once: whole, or not at all."""
-    if folder.key.exists():
-        return
-    with tempfile.TemporaryDirectory(dir=folder.path, prefix=".key-") as scratch:
-        new = Path(scratch) / "key"
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "gdl_ray", "-f", str(new)]
-        subprocess.run(command, check=True)  # noqa: S603
-        new.with_suffix(".pub").replace(folder.key.with_suffix(".pub"))
-        new.replace(folder.key)  # last, because it says that all is made
 
 
 def create(stack: Stack, zones: Sequence[str], image_id: str, expires_at: str, folder: Folder) -> str:

@@ -18,6 +18,7 @@ import pytest
 
 from infra import gcloud as gcloud_module
 from infra import gcp
+from infra.folder import folder_of, public_key
 from infra.gcloud import GcloudError, gcloud
 from infra.gcp_machine import create_command, startup
 from infra.plan import Job, Refused
@@ -68,10 +69,10 @@ def test_up_makes_all_once_and_hands_over_to_ray(
     project: Project, cluster: Stack, rays: list[tuple[str, ...]]
 ) -> None:
     gcp.up(cluster, yes=True)
-    folder = gcp.folder_of(cluster)
+    folder = folder_of(cluster)
     assert rays == [("up", "-y", "--no-config-cache", str(folder.cluster))]
     assert folder.key.stat().st_mode & 0o777 == 0o600
-    assert folder.key.with_suffix(".pub").read_text().split()[1] in folder.cluster.read_text()
+    assert public_key(folder.key).split()[1] in folder.cluster.read_text()
     made = len(project.changes())
     gcp.up(cluster, yes=True)
     assert len(project.changes()) == made
@@ -90,7 +91,7 @@ def test_services_are_started_until_they_once_were(
 ) -> None:
     """A head that was left unfinished gets its services; one that has them keeps its jobs."""
     failed = {"gdl-ray-stack": "demo", "ray-node-type": "head", "ray-node-status": "update-failed"}
-    folder = gcp.folder_of(cluster)
+    folder = folder_of(cluster)
     gcp.up(cluster, yes=True)
     project.set(instances=[instance("head", "us-central1-b", failed, "e2-standard-4")])
     code = 1

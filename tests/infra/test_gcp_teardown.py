@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 import pytest
 
 from infra import gcp
+from infra.folder import folder_of
 from infra.plan import Refused
 from infra.stack import Head, Stack
 from tests.infra.fake_gcloud import instance
@@ -42,7 +43,7 @@ def test_what_cannot_be_deleted_is_named(project: Project, machine: Stack) -> No
 
 def test_what_may_not_be_deleted_is_named_and_the_rest_goes(project: Project, machine: Stack) -> None:
     gcp.up(machine, yes=True)
-    folder = gcp.folder_of(machine)
+    folder = folder_of(machine)
     project.set(complaints={"firewall-rules delete": "ERROR: Required 'compute.firewalls.delete' permission"})
     left = gcp.down(machine, yes=True)
     rules = ["firewall rule gdl-ray-demo-inside", "firewall rule gdl-ray-demo-proxy"]
@@ -55,7 +56,7 @@ def test_what_may_not_be_deleted_is_named_and_the_rest_goes(project: Project, ma
 
 
 def test_where_nothing_is_found_nothing_is_removed_here(project: Project, machine: Stack) -> None:
-    folder = gcp.folder_of(machine)
+    folder = folder_of(machine)
     folder.make()
     assert gcp.down(machine, yes=False) == []
     assert folder.token.exists()
