@@ -44,8 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PlatformError as error:
         return _fail(asked, error, 1)
     except KeyboardInterrupt:
-        print("\ninterrupted; `python -m infra down` ends what was started", file=sys.stderr)
+        print(f"\ninterrupted; {_cure(asked)}", file=sys.stderr)
         return 130
+
+
+def _cure(asked: argparse.Namespace) -> str:
+    """Say how to end what was begun, of the stack that it was begun for and of no other."""
+    if asked.file is None:
+        return "`python -m infra down` ends what was started"
+    return f"`python -m infra {asked.verb} -f {asked.file}` goes on, and `down -f {asked.file}` ends it all"
 
 
 def _run(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> int:
@@ -56,6 +63,8 @@ def _run(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> int:
         _refuse(parser, asked, _OF_LOCAL, "the platform on this machine: leave -f out")
         return verbs.run(asked, stack)
     if asked.verb not in _LOCAL:
+        if asked.file:
+            parser.error(f"{asked.verb} is for a cluster in a cloud, and {asked.file} says cloud: local")
         parser.error(f"{asked.verb} is for a cluster in a cloud: name its stack file by -f")
     _refuse(parser, asked, _OF_CLOUDS, "a cluster in a cloud: name its stack file by -f")
     return _LOCAL[asked.verb](asked)
@@ -101,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     add("tunnel", parents=[usual], help="bring dashboard, MLflow and endpoints of a cluster to this machine")
     down = add("down", parents=[usual, agree], help="end it all; data stay")
     down.add_argument("--delete-data", action="store_true", help="delete the bucket too")
-    _add_gc(add("gc", parents=[usual, agree], help="find and end what clusters have left behind"))
+    _add_gc(
+        add("gc", parents=[usual, agree], help="find and end what clusters have left behind past their time")
+    )
     add("render", parents=[usual], help="show the cluster file of a stack, without asking the cloud")
     copy = add("backup", help="copy the registry of this machine's platform, also while it is used")
     copy.add_argument("folder", type=Path, help="a new folder for it")
@@ -118,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_gc(gc: argparse.ArgumentParser) -> None:
     gc.add_argument("--regions", nargs="+", default=[], help="where to look; left out, everywhere")
-    gc.add_argument("--expired", action="store_true", help="only what is past its time")
+    gc.add_argument("--all", action="store_true", help="what runs too, of every stack in the account")
 
 
 def _job(text: str) -> Job:

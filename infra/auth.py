@@ -4,6 +4,7 @@ Neither is ever on a command line, where every user of the machine could read it
 files and their environment, and a user's shell from `env.sh` in the platform's home.
 """
 
+import base64
 import secrets
 import shlex
 from collections.abc import Callable, Mapping
@@ -33,6 +34,11 @@ def write_private(file: Path, content: str) -> None:
     new.touch(mode=0o600)
     new.write_text(content)
     new.replace(file)
+
+
+def fernet_key() -> str:
+    """Make a key of the kind with which MLflow encrypts what signs its events."""
+    return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
 
 
 def ray_environment(home: Path) -> dict[str, str]:

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from infra import aws_launch, aws_teardown, preflight
-from infra.aws_cloud import EXPIRES, ZONES, Cloud, Machine, Step, tags_of
+from infra.aws_cloud import EXPIRES, ZONES, Cloud, Machine, tags_of
 from infra.aws_errors import explained
-from infra.aws_foundation import steps
-from infra.folder import Folder
-from infra.local import home_dir
-from infra.plan import Job, Node, Plan, Refused, Status
+from infra.aws_foundation import key_problems, steps
+from infra.folder import folder_of
+from infra.plan import Job, Node, Plan, Refused, Status, Step, confirm
 from infra.preflight import Survey
 from infra.stack import Stack
 
@@ -33,11 +32,12 @@ CHECKIP = "https://checkip.amazonaws.com"
 
 @dataclass(frozen=True)
 class View:
-    """What was seen of a stack: AWS, what was found out, and what is to be done."""
+    """What was seen of a stack: AWS, what was found out, what is to be done, and what stands against it."""
 
     cloud: Cloud
     survey: Survey
     steps: list[Step]
+    problems: list[str]
 
 
 def plan(stack: Stack, job: Job | None = None) -> Plan:
@@ -69,7 +69,7 @@ def up(stack: Stack, *, yes: bool, foundation_only: bool = False, restart: bool 
         if planned.problems:
             raise Refused("\n".join(planned.problems))
         if view.steps:
-            _confirm(f"Do this in {stack.region}?", yes)
+            confirm(f"Do this in {stack.region}?", yes)
         for _ in range(ROUNDS):
             if not view.steps:
                 return
@@ -91,26 +91,27 @@ def _look(
     which would end those that run.
     """
     cloud = Cloud(stack.stack, stack.region)
-    folder = _folder(stack)
+    folder = folder_of(stack)
     head = cloud.head()
     if survey is None:
         zones = tags_of(cloud.group() or {}).get(ZONES, "") if head else ""
         survey = preflight.survey(cloud, stack, head.image if head else "", zones.split())
-    todo = steps(cloud, stack, folder.key, _cidr(stack))
-    if not foundation_only:
+    todo, problems = steps(cloud, stack, folder.key, _cidr(stack)), key_problems(cloud, folder.key)
+    if not foundation_only and not problems:  # without the key, nothing can be done to the head
         todo += aws_launch.steps(cloud, stack, survey, folder, restart=restart)
-    return View(cloud, survey, todo)
+    return View(cloud, survey, todo, problems)
 
 
 def _plan(stack: Stack, view: View, job: Job | None) -> Plan:
     survey = view.survey
     problems = [
         *aws_launch.tools_missing(stack),
+        *view.problems,
         *survey.problems,
         *preflight.budget_problems(stack, survey),
         *preflight.permission_problems(view.cloud, stack, survey),
     ]
-    fit = aws_launch.fit(view.cloud, stack, survey, _folder(stack), job) if job else None
+    fit = aws_launch.fit(view.cloud, stack, survey, folder_of(stack), job) if job else None
     if fit and fit.reason:
         problems.append(f"job {job}: never fits: {fit.reason}")
     return Plan(
@@ -121,10 +122,6 @@ def _plan(stack: Stack, view: View, job: Job | None) -> Plan:
         problems=list(dict.fromkeys(problems)),
         fits={str(job): str(fit)} if fit else {},
     )
-
-
-def _folder(stack: Stack) -> Folder:
-    return Folder(home_dir() / "stacks" / stack.stack)
 
 
 def _cidr(stack: Stack) -> str:
@@ -147,20 +144,6 @@ def caller_cidr() -> str:
         raise Refused(
             f"access.cidr: 'auto' finds no address of this machine ({error}): write one, as 203.0.113.7/32"
         ) from error
-
-
-def _confirm(question: str, yes: bool) -> None:
-    """Ask the person at the terminal, if there is need and one.
-
-    Raises:
-        Refused: The answer is no, or nobody is there to give one.
-    """
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise Refused(f"nobody is there to ask {question!r}: give --yes to go on without")
-    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
-        raise Refused("not confirmed: nothing was done")
 
 
 def status(stack: Stack) -> Status:
@@ -224,16 +207,13 @@ def tunnel(stack: Stack) -> int:
     """
     with explained():
         command = tunnel_command(stack)
-    folder = _folder(stack)
+    folder = folder_of(stack)
     print(f"export RAY_ADDRESS=http://127.0.0.1:{PORTS['ray']} RAY_AUTH_MODE=token")
     print(f"export RAY_AUTH_TOKEN_PATH={shlex.quote(str(folder.token))}")
     print(f"export MLFLOW_TRACKING_URI=http://127.0.0.1:{PORTS['mlflow']}")
     print(f"set -a; . {shlex.quote(str(folder.secrets))}; set +a    # MLflow's user and password")
     print(f"Serve: http://127.0.0.1:{PORTS['serve']}; Ctrl-C closes the tunnel", flush=True)
-    try:
-        return subprocess.call(command)  # noqa: S603
-    except KeyboardInterrupt:  # which is how it ends
-        return 0
+    return subprocess.call(command)  # noqa: S603
 
 
 def tunnel_command(stack: Stack) -> list[str]:
@@ -243,9 +223,11 @@ def tunnel_command(stack: Stack) -> list[str]:
         Refused: No head runs, or its key is on another machine.
     """
     head = Cloud(stack.stack, stack.region).head()
-    key = _folder(stack).key
+    key = folder_of(stack).key
     if head is None:
-        raise Refused(f"no head of {stack.stack} runs in {stack.region}: start it with `python -m infra up`")
+        raise Refused(
+            f"no head of {stack.stack} runs in {stack.region}: `python -m infra up -f` its file starts one"
+        )
     if not key.exists():
         raise Refused(f"the key of {stack.stack} is on another machine: copy {key.parent} from it")
     command = ["ssh", "-N", "-i", str(key), "-o", "IdentitiesOnly=yes", "-o", "ExitOnForwardFailure=yes"]
@@ -282,16 +264,18 @@ def down(stack: Stack, *, yes: bool, delete_data: bool = False) -> list[str]:
         Refused: AWS could not be asked, or does not allow it.
     """
     with explained():
-        cloud = Cloud(stack.stack, stack.region)
+        cloud, folder = Cloud(stack.stack, stack.region), folder_of(stack)
         found = aws_teardown.remaining(cloud, with_data=delete_data)
-        if found:
-            print("\n".join(f"  {line}" for line in found), flush=True)
-            _confirm("End all of this?", yes)
-        if cloud.head() is not None and _folder(stack).cluster.exists():
-            aws_launch.ray("down", "-y", str(_folder(stack).cluster))  # what it does not end, is ended below
-        left = aws_teardown.end(cloud, delete_data=delete_data, tell=_tell) if found else []
+        if not found:  # perhaps only because another account was asked: its key stays
+            _tell(f"account {cloud.account} has nothing of {stack.stack} in {stack.region}")
+            return []
+        print("\n".join(f"  {line}" for line in found), flush=True)
+        confirm("End all of this?", yes)
+        if cloud.head() is not None and folder.cluster.exists():
+            aws_launch.ray("down", "-y", str(folder.cluster))  # what it does not end, is ended below
+        left = aws_teardown.end(cloud, delete_data=delete_data, tell=_tell)
     if not left:
-        shutil.rmtree(_folder(stack).path, ignore_errors=True)
+        shutil.rmtree(folder.path, ignore_errors=True)
     return left
 
 
@@ -320,7 +304,7 @@ def gc(*, regions: Sequence[str] = (), expired: bool = True, yes: bool = False) 
         if not found or not (yes or sys.stdin.isatty()):
             return found
         print("\n".join(f"  {line}" for line in found), flush=True)
-        _confirm("End all of this?", yes)
+        confirm("End all of this?", yes)
         ended = [aws_teardown.end(cloud, delete_data=False, tell=_tell) for cloud in clouds]
     return [line for left in ended for line in left]
 

@@ -33,14 +33,6 @@ Tags = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Step:
-    """Something that `up` is to do: what, in a line, and the call that does it."""
-
-    what: str
-    do: Callable[[], object]
-
-
-@dataclass(frozen=True)
 class Machine:
     """An instance that is not terminated."""
 

@@ -6,8 +6,6 @@ that was interrupted anywhere goes on where it stopped.
 """
 
 import json
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +19,13 @@ from infra.aws_cloud import (
     PATH,
     TAG,
     Cloud,
-    Step,
     absent_is_none,
     tag_list,
     tags_of,
 )
 from infra.aws_policies import TRUST, head_policy, worker_policy
-from infra.plan import Refused
+from infra.folder import make_key, public_key
+from infra.plan import Refused, Step
 from infra.stack import Stack
 
 POLICY = "gdl-ray"
@@ -101,7 +99,7 @@ def steps(cloud: Cloud, stack: Stack, key: Path, cidr: str) -> list[Step]:
         cidr: Addresses that may connect by ssh; none where users come through AWS Systems Manager.
 
     Raises:
-        Refused: The stack names a bucket that is not there, or the key is on another machine.
+        Refused: The stack names a bucket that is not there.
     """
     tags = {TAG: stack.stack, OWNER: stack.owner}
     return [
@@ -252,16 +250,10 @@ def _spot(cloud: Cloud, stack: Stack) -> Iterator[Step]:
 
 def _key(cloud: Cloud, file: Path, tags: dict[str, str]) -> Iterator[Step]:
     name = cloud.cluster
-    registered = [_halves(key.get("PublicKey", "")) for key in cloud.key_pairs()]
-    mine = public_key(file) if file.exists() else None
-    if mine is not None and registered == [_halves(mine)]:
+    registered, mine = _registered(cloud), _mine(file)
+    if registered == [mine] or key_problems(cloud, file):
         return
-    if registered and cloud.head() is not None:
-        raise Refused(
-            f"the key of the running stack {cloud.name} is on another machine: copy {file.parent} from it, "
-            "or end the stack with `down`"
-        )
-    if mine is None:
+    if not mine:
         yield Step(f"make the key {file}", partial(make_key, file, name))
     if registered:
         call = partial(cloud.ec2.delete_key_pair, KeyName=name)
@@ -269,36 +261,30 @@ def _key(cloud: Cloud, file: Path, tags: dict[str, str]) -> Iterator[Step]:
     yield Step(f"register key pair {name}", partial(_register, cloud, file, tags))
 
 
+def key_problems(cloud: Cloud, file: Path) -> list[str]:
+    """Say that only another machine has the key of a head that runs, if so: another key would not open it."""
+    registered = _registered(cloud)
+    if not registered or registered == [_mine(file)] or cloud.head() is None:
+        return []
+    return [
+        f"the key of the running stack {cloud.name} is on another machine: copy {file.parent} from it, "
+        "or end the stack with `down`"
+    ]
+
+
+def _registered(cloud: Cloud) -> list[list[str]]:
+    return [_halves(key.get("PublicKey", "")) for key in cloud.key_pairs()]
+
+
+def _mine(file: Path) -> list[str]:
+    return _halves(public_key(file)) if file.exists() else []
+
+
 def _register(cloud: Cloud, file: Path, tags: dict[str, str]) -> None:
     specification = {"ResourceType": "key-pair", "Tags": tag_list(tags)}
     cloud.ec2.import_key_pair(
         KeyName=cloud.cluster, PublicKeyMaterial=public_key(file).encode(), TagSpecifications=[specification]
     )
-
-
-def make_key(file: Path, comment: str) -> None:
-    """Make a private key that this user alone can read: whole, or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".key-") as scratch:
-        new = Path(scratch) / "key"
-        _ssh_keygen("-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(new))
-        new.chmod(0o600)
-        new.replace(file)
-
-
-def public_key(file: Path) -> str:
-    """Compute the public half of a private key, as ssh writes it."""
-    return _ssh_keygen("-y", "-f", str(file)).strip()
-
-
-def _ssh_keygen(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["ssh-keygen", *arguments], capture_output=True, text=True, check=False)  # noqa: S603, S607
-    except FileNotFoundError:
-        raise Refused("ssh-keygen is not on this machine: install OpenSSH's client") from None
-    if done.returncode:
-        raise Refused(f"{arguments[-1]}: ssh-keygen cannot use it: {done.stderr.strip()}")
-    return done.stdout
 
 
 def _halves(public: str) -> list[str]:

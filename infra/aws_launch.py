@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -17,13 +16,14 @@ from typing import Any
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
 from infra import aws_network, aws_teardown, cluster
-from infra.aws_cloud import CONFIG, EXPIRES, IMAGE, PATH, ZONES, Cloud, Step, expiry, tag_list, tags_of
+from infra.aws_cloud import CONFIG, EXPIRES, IMAGE, PATH, ZONES, Cloud, expiry, tag_list, tags_of
 from infra.aws_errors import code_of, explain_output
 from infra.aws_foundation import bucket_name
 from infra.folder import Folder
 from infra.nodes import Facts, Machine
-from infra.plan import Job, Refused
+from infra.plan import Job, Refused, Step
 from infra.preflight import Survey
+from infra.programs import LAUNCHER, programs_missing
 from infra.stack import Stack
 
 SET_UP = "up-to-date"
@@ -47,9 +47,12 @@ def steps(cloud: Cloud, stack: Stack, survey: Survey, folder: Folder, *, restart
         ]
     if cloud.group() is None:
         return []  # until the foundation stands again, nothing can be said of the head's file
-    if head.tags.get("ray-node-status") != SET_UP:
+    have = head.tags.get(CONFIG, "")  # from the end of the first launch on: by then its services run
+    unfinished = head.tags.get("ray-node-status") != SET_UP
+    if unfinished and not have:
         return [Step(f"set up head {head.id}, which was left unfinished", partial(launch, no_restart=False))]
-    want, have = _digest(render(cloud, stack, survey, folder, code=folder.pack())), head.tags.get(CONFIG, "")
+    folder.make()
+    want = _digest(render(cloud, stack, survey, folder, code=folder.pack()))
     of_head = want.partition("-")[0]
     if have and not have.startswith(of_head):
         if not restart:
@@ -62,21 +65,15 @@ def steps(cloud: Cloud, stack: Stack, survey: Survey, folder: Folder, *, restart
     if restart:
         call = partial(launch, no_restart=False)
         return [Step(f"start Ray on head {head.id} again, which ends the jobs that run", call)]
-    if have != want:
+    if have != want or unfinished:
         return [Step(f"update head {head.id}, on which jobs go on", partial(launch, no_restart=True))]
     return []
 
 
 def tools_missing(stack: Stack) -> list[str]:
     """Name the programs that `ray up` calls and that are not on this machine, with what to do about it."""
-    tools = {"ssh": "OpenSSH's client", "ssh-keygen": "OpenSSH's client", "rsync": "rsync"}
-    if stack.access.mode == "ssm":
-        tools |= {"aws": "AWS's command line", "session-manager-plugin": "its Session Manager plugin"}
-    return [
-        f"{tool} is not on this machine: install {what}"
-        for tool, what in tools.items()
-        if shutil.which(tool) is None
-    ]
+    ssm = {"aws": "AWS's command line", "session-manager-plugin": "its Session Manager plugin"}
+    return programs_missing(LAUNCHER | (ssm if stack.access.mode == "ssm" else {}))
 
 
 def fit(cloud: Cloud, stack: Stack, survey: Survey, folder: Folder, job: Job) -> cluster.Fit:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from infra.aws_cloud import EXPIRES, Cloud, Step, Tags, expiry, tag_list, tags_of
-from infra.plan import Refused
+from infra.aws_cloud import EXPIRES, Cloud, Tags, expiry, tag_list, tags_of
+from infra.plan import Refused, Step
 from infra.stack import Stack
 
 Rule = tuple[bool, str, int, int, str]

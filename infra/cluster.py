@@ -6,13 +6,13 @@ and wrongly, is written out. All that reaches into Ray's private modules is in t
 
 import copy
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from infra.local import PROJECT
-from infra.node import DASHBOARD_PORT, GCS_PORT, HERE, HOME, MLFLOW_PORT, SERVE_PORT, USER
+from infra.node import CONFIG, DASHBOARD_PORT, GCS_PORT, HERE, HOME, MLFLOW_PORT, SERVE_PORT, USER
 from infra.nodes import HEAD, Facts, describe, resources
 from infra.stack import Stack, Workers
 
@@ -125,7 +125,7 @@ def _service(stack: Stack, facts: Facts, name: str, command: Sequence[str]) -> s
 
 def _head_services(stack: Stack, facts: Facts) -> list[str]:
     ray = ["ray", "start", "--head", "--block", f"--port={GCS_PORT}", "--dashboard-host=127.0.0.1"]
-    ray += [f"--dashboard-port={DASHBOARD_PORT}", f"--autoscaling-config={HOME}/ray_bootstrap_config.yaml"]
+    ray += [f"--dashboard-port={DASHBOARD_PORT}", f"--autoscaling-config={CONFIG}"]
     # Workers load models from MLflow, so that it listens for them too. It asks for a password, and the
     # firewall lets nobody in but nodes of the stack.
     mlflow = [
@@ -191,9 +191,11 @@ def validate(cluster: Cluster) -> list[str]:
     Returns:
         What is wrong, a line for each.
     """
+    if misshapen := [*_misshapen(cluster)]:
+        return misshapen
     provider = cluster.get("provider") or {}
     kind = provider.get("type")
-    if kind not in PROVIDER_KEYS:
+    if kind not in ("aws", "gcp"):
         return [f"provider.type: {kind!r} must be aws or gcp"]
     problems = [
         _unknown(key, f"provider.{key}", PROVIDER_KEYS[kind])
@@ -208,6 +210,18 @@ def validate(cluster: Cluster) -> list[str]:
         for name, each in (cluster.get("available_node_types") or {}).items():
             problems += [f"available_node_types.{name}.node_config: {line}" for line in _ec2_says(each)]
     return problems
+
+
+def _misshapen(cluster: Cluster) -> Iterator[str]:
+    """Say what is no mapping and should be one; Ray and EC2's model read on as if it were."""
+    for name in ("provider", "available_node_types"):
+        if not isinstance(cluster.get(name) or {}, dict):
+            yield f"{name}: {cluster[name]!r} must be a mapping"
+            return
+    for name, kind in (cluster.get("available_node_types") or {}).items():
+        config = kind.get("node_config") if isinstance(kind, dict) else None
+        if not isinstance(config, dict):
+            yield f"available_node_types.{name}.node_config: {config!r} must be a mapping"
 
 
 def _unknown(key: str, at: str, known: Iterable[str]) -> str:
@@ -227,6 +241,8 @@ def _ray_says(cluster: Cluster) -> list[str]:
         return [f"{place or 'file'}: {error.message}"]
     except (ValueError, AssertionError, KeyError) as error:
         return [str(error)]
+    except (AttributeError, TypeError) as error:  # it reads what has another shape than it thinks
+        return [f"file: Ray cannot read it ({error})"]
     return []
 
 

@@ -1,6 +1,5 @@
 """What this machine keeps of a stack: key, token, passwords, code and cluster file, all of it private."""
 
-import base64
 import os
 import secrets
 import shutil
@@ -14,12 +13,15 @@ from typing import Any
 import yaml
 
 from gdl_ray.home import file_sha256
-from infra.local import PROJECT
+from infra.auth import fernet_key, write_private
+from infra.local import PROJECT, home_dir
+from infra.plan import Refused
+from infra.stack import Stack
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of a stack, `stacks/NAME` in the platform's home; readable by its owner alone."""
+    """The folder of a stack in the platform's home; readable by its owner alone."""
 
     path: Path
 
@@ -63,9 +65,7 @@ class Folder:
                 "MLFLOW_TRACKING_PASSWORD": password,
                 "MLFLOW_AUTH_ADMIN_PASSWORD": password,
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_urlsafe(32),
-                "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": base64.urlsafe_b64encode(
-                    secrets.token_bytes(32)
-                ).decode(),  # a Fernet key
+                "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": fernet_key(),
             }
             write_private(self.secrets, "".join(f"{name}={value}\n" for name, value in given.items()))
 
@@ -99,6 +99,12 @@ class Folder:
         return self.cluster
 
 
+def folder_of(stack: Stack) -> Folder:
+    """Name the folder of a stack: by all that tells it from others of its name, in other places."""
+    place = (stack.cloud, stack.project, stack.region, stack.stack)
+    return Folder(home_dir() / "stacks" / "-".join(word for word in place if word))
+
+
 def dump(cluster: dict[str, Any]) -> str:
     """Write a cluster as YAML that people can read: scripts as they are, nothing said by reference."""
     return yaml.dump(cluster, Dumper=_Dumper, sort_keys=False, width=110)
@@ -127,10 +133,26 @@ def _copy_project(target: Path) -> None:
         shutil.copy(PROJECT / name, target)
 
 
-def write_private(file: Path, text: str) -> None:
-    """Write a file that its owner alone can read, whole or not at all."""
-    new = file.with_name(f"{file.name}.new")
-    new.unlink(missing_ok=True)
-    new.touch(mode=0o600)
-    new.write_text(text)
-    new.replace(file)
+def make_key(file: Path, comment: str) -> None:
+    """Make a private key that this user alone can read: whole, or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".key-") as scratch:
+        new = Path(scratch) / "key"
+        _ssh_keygen("-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(new))
+        new.chmod(0o600)
+        new.replace(file)
+
+
+def public_key(file: Path) -> str:
+    """Compute the public half of a private key, as ssh writes it."""
+    return _ssh_keygen("-y", "-f", str(file)).strip()
+
+
+def _ssh_keygen(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["ssh-keygen", *arguments], capture_output=True, text=True, check=False)  # noqa: S603, S607
+    except FileNotFoundError:
+        raise Refused("ssh-keygen is not on this machine: install OpenSSH's client") from None
+    if done.returncode:
+        raise Refused(f"{arguments[-1]}: ssh-keygen cannot use it: {done.stderr.strip()}")
+    return done.stdout

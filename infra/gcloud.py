@@ -40,8 +40,9 @@ _CURES = [
 _NO_ROOM = re.compile(
     r"ZONE_RESOURCE_POOL_EXHAUSTED|does not have enough resources|UNSUPPORTED_OPERATION|currently unavailable"
 )
-_ABSENT = re.compile(r"not found|notFound|NOT_FOUND|404|does not exist|could not be found", re.IGNORECASE)
-_THERE = re.compile(r"already exists|alreadyExists|ALREADY_EXISTS|409|already own", re.IGNORECASE)
+# Words alone: the numbers 404 and 409 stand in project numbers and request ids too.
+_ABSENT = re.compile(r"not found|notFound|NOT_FOUND|does not exist|could not be found", re.IGNORECASE)
+_THERE = re.compile(r"already exists|alreadyExists|ALREADY_EXISTS|already own", re.IGNORECASE)
 
 
 class GcloudError(Exception):
@@ -99,6 +100,27 @@ def found(*words: str) -> Any:
         if error.is_absent:
             return None
         raise
+
+
+def may_be_used(*words: str) -> bool:
+    """Tell whether a command that changes nothing goes well."""
+    try:
+        gcloud(*words)
+    except GcloudError:
+        return False
+    return True
+
+
+def set_project() -> str:
+    """Name the project that gcloud is set to.
+
+    Raises:
+        Refused: It is set to none.
+    """
+    project = gcloud("config", "get", "project")
+    if not project:
+        raise Refused("gcloud is set to no project: `gcloud config set project PROJECT`")
+    return str(project)
 
 
 def made(*words: str) -> Any:

@@ -7,33 +7,39 @@ There is no state file: labels and names say what belongs to a stack.
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from infra import cluster, gcp_machine
-from infra.folder import Folder
-from infra.gcloud import GcloudError, executable, found, gcloud, gone
-from infra.gcp_foundation import account_of, bucket_of, missing, name_of, things
-from infra.local import home_dir
+from infra import cluster, gcp_machine, gcp_teardown
+from infra.folder import folder_of, make_key, public_key
+from infra.gcloud import GcloudError, executable, gcloud, may_be_used, set_project
+from infra.gcp_foundation import account_of, bucket_of, bucket_problems, missing, name_of
+from infra.gcp_nodes import (
+    expiry,
+    has_started,
+    instances,
+    is_head,
+    is_off,
+    labels,
+    last,
+    loose_disks,
+    mark_started,
+    running_head,
+)
 from infra.nodes import HEAD, TAG, Facts, Machine
-from infra.plan import Job, Node, NodePlan, Plan, Refused, Status
+from infra.plan import Job, Node, NodePlan, Plan, Refused, Status, Step, confirm
+from infra.programs import LAUNCHER, programs_missing
 from infra.stack import Stack
 
 PORTS = (8265, 5000, 8000)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Something that `up` is to do: what, in a line, and the call that does it."""
-
-    what: str
-    do: Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,8 @@ def plan(stack: Stack, job: Job | None = None) -> Plan:
 
 def _plan(stack: Stack, survey: Survey, steps: list[Step], job: Job | None) -> Plan:
     problems, fits = list(survey.problems), {}
-    if job and stack.workers and not problems:
-        fit = cluster.fit(_render(stack, survey, code="-"), job.bundles)
+    if job and not problems:
+        fit = _fit(stack, survey, job)
         fits[str(job)] = str(fit)
         problems += [f"job {job}: never fits: {fit.reason}"] if fit.reason else []
     kinds = [(HEAD, stack.head.type, "on-demand", 1)]
@@ -83,19 +89,50 @@ def _plan(stack: Stack, survey: Survey, steps: list[Step], job: Job | None) -> P
     )
 
 
+def _fit(stack: Stack, survey: Survey, job: Job) -> cluster.Fit:
+    """Tell which nodes a job would get; without workers, whether the one machine holds it."""
+    if stack.workers:
+        return cluster.fit(_render(stack, survey, code="-"), job.bundles)
+    has = survey.machines[stack.head.type]
+    if job.workers * job.cpu <= has.cpus and job.workers * job.gpu <= has.gpus:
+        return cluster.Fit({})
+    return cluster.Fit(
+        {},
+        f"the one machine, {stack.head.type}, has {has.cpus} CPU, {has.gpus} GPU: "
+        "ask for less, or choose a larger machine type, or workers",
+    )
+
+
 def _survey(stack: Stack) -> Survey:
-    head = next((each for each in _instances(stack) if _is_head(each) and each["status"] == "RUNNING"), None)
-    labels: Mapping[str, str] = (head or {}).get("labels", {})
+    head = running_head(stack)
     machines, zones = _machine_types(stack)
     if head:  # others would be other nodes to Ray, which would end those that run
-        zones = (_last(head["zone"]),)
+        zones = (last(head["zone"]),)
     problems = (
         [] if zones else [f"no zone of {stack.region} has {_kinds(stack)}: choose another region, or types"]
     )
-    image = gcp_machine.image(labels.get(f"{TAG}-image", ""))
-    expires_at = _moment(labels) or datetime.now(UTC) + timedelta(hours=stack.ttl_hours)
-    problems += gcp_machine.quota_problems(stack, machines)
+    image = gcp_machine.image(labels(head or {}).get(f"{TAG}-image", ""))
+    expires_at = expiry(head or {}) or datetime.now(UTC) + timedelta(hours=stack.ttl_hours)
+    problems += [
+        *gcp_machine.quota_problems(stack, machines),
+        *bucket_problems(stack),
+        *_launcher_problems(stack),
+    ]
     return Survey(machines, zones, image, f"{expires_at:%Y-%m-%dT%H:%M:%SZ}", problems, head)
+
+
+def _launcher_problems(stack: Stack) -> list[str]:
+    """Say what Ray's launcher would miss: it asks Google by itself, with credentials of its own."""
+    if not stack.workers:
+        return []
+    problems = programs_missing(LAUNCHER)
+    if find_spec("googleapiclient") is None:
+        problems.append("google-api-python-client is not installed: `pip install 'gdl_ray[gcp]'`")
+    if not may_be_used("auth", "application-default", "print-access-token"):
+        problems.append(
+            "Ray's launcher finds no credentials for Google Cloud: `gcloud auth application-default login`"
+        )
+    return problems
 
 
 def _machine_types(stack: Stack) -> tuple[dict[str, Machine], tuple[str, ...]]:
@@ -108,7 +145,7 @@ def _machine_types(stack: Stack) -> tuple[dict[str, Machine], tuple[str, ...]]:
     machines = {row["name"]: gcp_machine.machine(row, stack) for row in rows}
     offered: dict[str, set[str]] = {}
     for row in rows:
-        offered.setdefault(_last(row["zone"]), set()).add(row["name"])
+        offered.setdefault(last(row["zone"]), set()).add(row["name"])
     zones = sorted(zone for zone, names in offered.items() if names == kinds)
     if stack.zones != "auto":
         zones = [zone for zone in stack.zones if zone in zones]
@@ -135,7 +172,7 @@ def up(stack: Stack, *, yes: bool, foundation_only: bool = False, restart: bool 
         if planned.problems:
             raise Refused("\n".join(planned.problems))
         if todo:
-            _confirm(f"Do this in {stack.project}?", yes)
+            confirm(f"Do this in {stack.project}?", yes)
         for step in todo:
             print(f"  {step.what}", flush=True)
             step.do()
@@ -150,7 +187,8 @@ def _steps(
     if foundation_only:
         return todo
     if stack.workers:
-        ray_up = partial(_ray_up, stack, survey, no_restart=bool(survey.head) and not restart)
+        no_restart = bool(survey.head and has_started(survey.head)) and not restart
+        ray_up = partial(_ray_up, stack, survey, no_restart=no_restart)
         what = "update the head" if survey.head else f"launch the head, {stack.head.type},"
         return [*todo, Step(f"{what} with `ray up`", ray_up)]
     if survey.head:
@@ -169,18 +207,19 @@ def _ray_up(stack: Stack, survey: Survey, *, no_restart: bool) -> None:
         raise Refused(
             f"{folder.key} is not here: copy {folder.path} from the machine that has made the stack"
         )
-    gcp_machine.make_key(folder)
+    if not folder.key.exists():
+        make_key(folder.key, name_of(stack))
     rendered = _render(stack, survey, code=folder.pack())
     if problems := cluster.validate(rendered):
         raise Refused("\n".join(f"cluster file: {problem}" for problem in problems))
     options = ["--no-restart"] if no_restart else []
     if code := _ray("up", "-y", "--no-config-cache", *options, str(folder.write(rendered))):
         raise Refused(f"`ray up` ends with exit code {code}, see above; run `up` again to go on")
+    mark_started(stack)
 
 
 def _render(stack: Stack, survey: Survey, *, code: str) -> dict[str, Any]:
     folder = folder_of(stack)
-    public = folder.key.with_suffix(".pub")
     facts = Facts(
         folder=folder,
         code=code,
@@ -191,7 +230,7 @@ def _render(stack: Stack, survey: Survey, *, code: str) -> dict[str, Any]:
         zones=dict.fromkeys([HEAD, *(each.name for each in stack.workers)], survey.zones),
         head_account=account_of(stack, "head"),
         worker_account=account_of(stack, "worker"),
-        public_key=public.read_text().strip() if public.exists() else "",
+        public_key=public_key(folder.key) if folder.key.exists() else "",
     )
     return cluster.render(stack, facts)
 
@@ -209,17 +248,19 @@ def status(stack: Stack) -> Status:
         Refused: Google could not be asked.
     """
     try:
-        machines = _instances(stack)
+        machines = instances(stack.project, stack.stack)
+        disks = loose_disks(stack.project, stack.stack)
         drift = [f"make {thing.what}" for thing in missing(stack)] if machines else []
     except GcloudError as error:
         raise error.refusal() from error
-    moments = [moment for each in machines if (moment := _moment(each.get("labels", {})))]
+    moments = [moment for each in machines if (moment := expiry(each))]
     orphans = [
         f"{each['name']} is {each['status'].lower()}: its disk costs money"
         for each in machines
-        if _is_off(each)
+        if is_off(each)
     ]
-    if machines and not any(_is_head(each) for each in machines):
+    orphans += [f"disk {each['name']} belongs to no machine" for each in disks]
+    if machines and not any(is_head(each) for each in machines):
         orphans += [f"{each['name']} has no head" for each in machines]
     return Status(
         nodes=[_node(each) for each in machines],
@@ -234,8 +275,8 @@ def _node(instance: Mapping[str, Any]) -> Node:
     age = datetime.now(UTC) - datetime.fromisoformat(instance["creationTimestamp"])
     return Node(
         name=instance["name"],
-        type=_last(instance["machineType"]),
-        zone=_last(instance["zone"]),
+        type=last(instance["machineType"]),
+        zone=last(instance["zone"]),
         state=instance["status"].lower(),
         age_h=age.total_seconds() / 3600,
         usd=None,
@@ -255,7 +296,10 @@ def tunnel(stack: Stack) -> int:
         print(f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(str(folder.token))}")
         print(f"# MLflow, http://127.0.0.1:{PORTS[1]}: name and password are in {folder.secrets}")
     print(f"# endpoints: http://127.0.0.1:{PORTS[2]}; Ctrl-C ends it", flush=True)
-    return subprocess.run(command).returncode  # noqa: S603
+    try:
+        return subprocess.run(command).returncode  # noqa: S603
+    except KeyboardInterrupt:  # which is how it ends
+        return 0
 
 
 def tunnel_command(stack: Stack) -> list[str]:
@@ -265,14 +309,14 @@ def tunnel_command(stack: Stack) -> list[str]:
         Refused: There is no head.
     """
     try:
-        heads = [each for each in _instances(stack) if _is_head(each) and each["status"] == "RUNNING"]
+        head = running_head(stack)
     except GcloudError as error:
         raise error.refusal() from error
-    if not heads:
-        raise Refused(f"{stack.stack} has no head that runs: `python -m infra up` starts one")
-    place = [f"--zone={_last(heads[0]['zone'])}", f"--project={stack.project}", "--tunnel-through-iap"]
+    if head is None:
+        raise Refused(f"{stack.stack} has no head that runs: `python -m infra up -f` its file starts one")
+    place = [f"--zone={last(head['zone'])}", f"--project={stack.project}", "--tunnel-through-iap"]
     forwards = [word for port in PORTS for word in ("-L", f"{port}:localhost:{port}")]
-    return [executable(), "compute", "ssh", heads[0]["name"], *place, "--", "-N", *forwards]
+    return [executable(), "compute", "ssh", head["name"], *place, "--", "-N", *forwards]
 
 
 def down(stack: Stack, *, yes: bool, delete_data: bool = False) -> list[str]:
@@ -286,105 +330,52 @@ def down(stack: Stack, *, yes: bool, delete_data: bool = False) -> list[str]:
     """
     folder = folder_of(stack)
     try:
-        machines = _instances(stack)
-        _confirm(f"End {len(machines)} nodes and all else of {stack.stack}?", yes)
-        if stack.workers and machines and folder.cluster.exists():
+        found = gcp_teardown.remains(stack, with_data=delete_data)
+        if not found.lines:
+            return []
+        print("\n".join(f"  {line}" for line in found.lines), flush=True)
+        confirm("End all of this?", yes)
+        if stack.workers and found.nodes and folder.cluster.exists():
             _ray("down", "-y", str(folder.cluster))  # its way of saying goodbye; what it leaves is ended here
-        _end_nodes(_instances(stack))
-        for thing in reversed(things(stack)):
-            if thing.end and (delete_data or not thing.is_data):
-                print(f"  delete {thing.what}", flush=True)
-                thing.delete()
-        left = [f"{each['name']} in {_last(each['zone'])}" for each in _instances(stack)]
-        absent = {thing.what for thing in missing(stack)}
-        owned = [thing for thing in things(stack) if thing.end and (delete_data or not thing.is_data)]
-        return left + [thing.what for thing in owned if thing.what not in absent]
+        left = gcp_teardown.end(stack, with_data=delete_data)
     except GcloudError as error:
         raise error.refusal() from error
+    if not left:
+        shutil.rmtree(folder.path, ignore_errors=True)
+    return left
 
 
-def gc(*, regions: tuple[str, ...] = (), expired: bool = True, yes: bool = False) -> list[str]:
-    """End nodes of any stack in the project that gcloud is set to: those past their time, or all.
+def gc(
+    *, regions: tuple[str, ...] = (), expired: bool = True, yes: bool = False, project: str = ""
+) -> list[str]:
+    """Find what stacks have left behind, and end it after asking; where nobody is to be asked, only find it.
+
+    Args:
+        regions: Where to look; everywhere when empty.
+        expired: Only stacks whose time is over, and remains of a `down` that was cut short.
+        yes: End it without asking.
+        project: Where to look; the project that gcloud is set to when empty.
 
     Returns:
         What is left, a line for each.
 
     Raises:
-        Refused: Google could not be asked.
+        Refused: Google could not be asked, or does not allow it.
     """
     try:
-        every = gcloud("compute", "instances", "list", f"--filter=labels.{TAG}-stack:*") or []
-        chosen = [each for each in every if not regions or _last(each["zone"]).rpartition("-")[0] in regions]
-        if expired:
-            now = datetime.now(UTC)
-            chosen = [each for each in chosen if (end := _moment(each.get("labels", {}))) and end < now]
-        lines = [f"{each['name']} in {_last(each['zone'])}, {each['status'].lower()}" for each in chosen]
-        if not chosen or not yes:
-            return lines
-        _end_nodes(chosen)
-        names = {each["name"] for each in gcloud("compute", "instances", "list") or []}
-        return [line for line, each in zip(lines, chosen, strict=True) if each["name"] in names]
+        stacks = gcp_teardown.stacks_in(project or set_project(), regions=regions, expired=expired)
+        found = [line for each in stacks for line in gcp_teardown.remains(each, with_data=False).lines]
+        found = list(dict.fromkeys(found))  # a stack that is in two regions has one network
+        if not found or not (yes or sys.stdin.isatty()):
+            return found
+        print("\n".join(f"  {line}" for line in found), flush=True)
+        confirm("End all of this?", yes)
+        # Tried again where something is left: the network of two regions goes after both of its subnets.
+        again = [each for each in stacks if gcp_teardown.end(each, with_data=False)]
+        return [line for each in again for line in gcp_teardown.end(each, with_data=False)]
     except GcloudError as error:
         raise error.refusal() from error
 
 
-def _end_nodes(instances: Iterable[Mapping[str, Any]]) -> None:
-    """Delete nodes with their disks, those of a zone in one command."""
-    by_zone: dict[tuple[str, str], list[str]] = {}
-    for each in instances:
-        project = each["zone"].partition("/projects/")[2].partition("/")[0]
-        by_zone.setdefault((_last(each["zone"]), project), []).append(each["name"])
-    for (zone, project), names in by_zone.items():
-        print(f"  delete {', '.join(names)}", flush=True)
-        place = [f"--zone={zone}", *([f"--project={project}"] if project else [])]
-        gone("compute", "instances", "delete", *names, *place, "--delete-disks=all")
-
-
-def _instances(stack: Stack) -> list[dict[str, Any]]:
-    only = f"--filter=labels.{TAG}-stack={stack.stack}"
-    listed: list[dict[str, Any]] = (
-        found("compute", "instances", "list", f"--project={stack.project}", only) or []
-    )
-    return listed
-
-
-def _is_head(instance: Mapping[str, Any]) -> bool:
-    """Tell whether it is the head of a cluster, or the one machine of a stack without workers."""
-    return bool(instance.get("labels", {}).get("ray-node-type", HEAD) == HEAD)
-
-
-def _is_off(instance: Mapping[str, Any]) -> bool:
-    return instance["status"] in ("TERMINATED", "STOPPED", "SUSPENDED")
-
-
-def _moment(labels: Mapping[str, str]) -> datetime | None:
-    """Read when a node ends from its labels, which have no colons."""
-    try:
-        return datetime.strptime(labels.get(f"{TAG}-expires-at", ""), "%Y-%m-%dt%H_%M_%Sz").replace(
-            tzinfo=UTC
-        )
-    except ValueError:
-        return None
-
-
-def _last(address: str) -> str:
-    """Take the name at the end of a resource's address."""
-    return address.rpartition("/")[2]
-
-
 def _kinds(stack: Stack) -> str:
     return " and ".join(dict.fromkeys([stack.head.type, *(each.type for each in stack.workers)]))
-
-
-def folder_of(stack: Stack) -> Folder:
-    """Name the folder of a stack on this machine."""
-    return Folder(home_dir() / "stacks" / stack.stack)
-
-
-def _confirm(question: str, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise Refused(f"nobody is there to ask {question!r}: give --yes to go on without")
-    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
-        raise Refused("not confirmed: nothing was done")

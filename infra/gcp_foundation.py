@@ -1,8 +1,10 @@
 """What nodes on Google Cloud need: a network, accounts, a bucket; how each is seen, made and deleted."""
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from infra.gcloud import found, gone, made
@@ -16,6 +18,8 @@ PROXY = "35.235.240.0/20"
 INSIDE = "10.128.0.0/20"
 HEAD_ROLE = "roles/compute.instanceAdmin.v1"
 BUCKET_ROLE = "roles/storage.objectAdmin"
+LIFECYCLE = Path(__file__).with_name("gcp_lifecycle.json")
+"""What becomes of replaced versions and abandoned uploads in the bucket, as Cloud Storage has it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,14 @@ def missing(stack: Stack) -> list[Thing]:
         ]
 
 
+def bucket_problems(stack: Stack) -> list[str]:
+    """Say what is wrong with a bucket that is the user's own, which is used as it is."""
+    bucket = bucket_of(stack)
+    if stack.storage.bucket == "auto" or found("storage", "buckets", "describe", bucket):
+        return []
+    return [f"storage.bucket: {bucket} does not exist; make it, or write auto"]
+
+
 def _network(stack: Stack) -> Iterator[Thing]:
     """A network of the stack's own: the default one of a project lets the whole world try to log in."""
     name, project = name_of(stack), f"--project={stack.project}"
@@ -125,6 +137,8 @@ def _accounts(stack: Stack) -> Iterator[Thing]:
 
 
 def _bucket(stack: Stack) -> Iterator[Thing]:
+    if stack.storage.bucket != "auto":
+        return  # the user's own: neither made, nor changed, nor deleted
     bucket = bucket_of(stack)
     closed = ("--uniform-bucket-level-access", "--public-access-prevention")
     place = (f"--project={stack.project}", f"--location={stack.region}")
@@ -136,28 +150,36 @@ def _bucket(stack: Stack) -> Iterator[Thing]:
         is_data=True,
     )
     yield Thing(
-        f"versioning of {bucket}",
+        f"versioning of {bucket}, replaced versions for 30 days and abandoned uploads for 3",
         ("storage", "buckets", "describe", bucket),
-        ("storage", "buckets", "update", bucket, "--versioning"),
-        holds=lambda seen: bool(seen and seen.get("versioning_enabled")),
+        ("storage", "buckets", "update", bucket, "--versioning", f"--lifecycle-file={LIFECYCLE}"),
+        holds=_is_versioned,
     )
+
+
+def _is_versioned(bucket: Any) -> bool:
+    """Tell whether a bucket keeps replaced versions, and not for ever."""
+    rules = ((bucket or {}).get("lifecycle_config") or {}).get("rule", [])
+    wanted = json.loads(LIFECYCLE.read_text())["rule"]
+    return bool(bucket and bucket.get("versioning_enabled") and all(rule in rules for rule in wanted))
 
 
 def _rights(stack: Stack) -> Iterator[Thing]:
     """Let the head launch workers under their account and no other, and both use the bucket and no other."""
     head, worker = (f"serviceAccount:{account_of(stack, role)}" for role in ("head", "worker"))
     bucket, project = bucket_of(stack), stack.project
-    yield _right(f"launch nodes in {project}", ("projects",), (project,), head, HEAD_ROLE, is_shared=True)
+    yield _right(f"launch nodes in {project}", ("projects",), (project,), head, HEAD_ROLE)
     accounts = ("iam", "service-accounts")
     on_worker = (account_of(stack, "worker"), f"--project={project}")
-    yield _right("launch them as workers", accounts, on_worker, head, "roles/iam.serviceAccountUser")
+    user = "roles/iam.serviceAccountUser"
+    yield _right("launch them as workers", accounts, on_worker, head, user, goes_with_it=True)
     for member in (head, worker):
         yield _right(f"read and write {bucket}", ("storage", "buckets"), (bucket,), member, BUCKET_ROLE)
 
 
-def _right(what: str, kind: Argv, of: Argv, member: str, role: str, is_shared: bool = False) -> Thing:
-    """Describe a right of an account; one on what is not the stack's own is to be taken back."""
-    who = (f"--member={member}", f"--role={role}", *(("--condition=None",) if is_shared else ()))
+def _right(what: str, kind: Argv, of: Argv, member: str, role: str, goes_with_it: bool = False) -> Thing:
+    """Describe a right of an account; one on what stays when the stack ends is to be taken back."""
+    who = (f"--member={member}", f"--role={role}", "--condition=None")
 
     def holds(policy: Any) -> bool:
         bindings = (policy or {}).get("bindings", [])
@@ -167,6 +189,6 @@ def _right(what: str, kind: Argv, of: Argv, member: str, role: str, is_shared: b
         f"right of {member.partition(':')[2].partition('@')[0]} to {what}",
         (*kind, "get-iam-policy", *of),
         (*kind, "add-iam-policy-binding", *of, *who),
-        (*kind, "remove-iam-policy-binding", *of, *who) if is_shared else (),
+        () if goes_with_it else (*kind, "remove-iam-policy-binding", *of, *who),
         holds=holds,
     )

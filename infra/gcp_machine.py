@@ -1,6 +1,5 @@
 """Machines on Google Cloud: types, images, quotas, and the one machine of a stack without workers."""
 
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from infra.folder import Folder
 from infra.gcloud import GcloudError, gcloud
 from infra.gcp_foundation import account_of, bucket_of, name_of
+from infra.gcp_nodes import instances, is_off, is_spot, last
 from infra.local import PROJECT
 from infra.nodes import DISK_GB, Machine, gcp_labels, needs_accelerator
 from infra.placeholders import attached
@@ -36,6 +36,8 @@ def machine(row: Mapping[str, Any], stack: Stack) -> Machine:
     name = model.removeprefix("nvidia-").removeprefix("tesla-").partition("-")[0].upper()
     has = Machine(cpus=int(row["guestCpus"]), gpus=count, accelerator=name)
     given = [each.resources for each in stack.workers if each.type == row["name"] and each.resources]
+    if not stack.workers and needs_accelerator(row["name"]):
+        given = [{"GPU": 1}]  # which `create` attaches
     return attached(has, given[0]) if given else has
 
 
@@ -44,6 +46,9 @@ def quota_problems(stack: Stack, machines: Mapping[str, Machine]) -> list[str]:
     region = gcloud("compute", "regions", "describe", stack.region, f"--project={stack.project}")
     project = gcloud("compute", "project-info", "describe", f"--project={stack.project}")
     left = {each["metric"]: each["limit"] - each["usage"] for each in region["quotas"] + project["quotas"]}
+    for metric, count in _in_use(stack, machines).items():
+        if metric in left:
+            left[metric] += count
     need: dict[str, int] = {}
     kinds = [
         (stack.head.type, "on-demand", 1),
@@ -52,8 +57,7 @@ def quota_problems(stack: Stack, machines: Mapping[str, Machine]) -> list[str]:
     for kind, market, most in kinds:
         has = machines.get(kind)
         if has and has.gpus:
-            metric = f"{'PREEMPTIBLE_' if market == 'spot' else ''}NVIDIA_{has.accelerator}_GPUS"
-            for each in (metric, "GPUS_ALL_REGIONS"):
+            for each in _metrics(has, market == "spot"):
                 need[each] = need.get(each, 0) + most * has.gpus
     return [
         f"quota {metric} leaves {left[metric]:g} of the {count} that the stack may use in {stack.region}: "
@@ -63,12 +67,20 @@ def quota_problems(stack: Stack, machines: Mapping[str, Machine]) -> list[str]:
     ]
 
 
-def make_key(folder: Folder) -> None:
-    """Make the stack's own key for ssh, once."""
-    if not folder.key.exists():
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "gdl_ray", "-f", str(folder.key)]
-        subprocess.run(command, check=True)  # noqa: S603
-        folder.key.with_name(f"{folder.key.name}.pub").replace(folder.key.with_suffix(".pub"))
+def _metrics(machine: Machine, is_spot: bool) -> tuple[str, str]:
+    """Name the quotas that the GPUs of a machine count in."""
+    return f"{'PREEMPTIBLE_' if is_spot else ''}NVIDIA_{machine.accelerator}_GPUS", "GPUS_ALL_REGIONS"
+
+
+def _in_use(stack: Stack, machines: Mapping[str, Machine]) -> dict[str, int]:
+    """Count the GPUs that the stack's own nodes have now: they are in use, and meant for it."""
+    used: dict[str, int] = {}
+    for each in instances(stack.project, stack.stack):
+        has = machines.get(last(each["machineType"]))
+        if has and has.gpus and not is_off(each):
+            for metric in _metrics(has, is_spot(each)):
+                used[metric] = used.get(metric, 0) + has.gpus
+    return used
 
 
 def create(stack: Stack, zones: Sequence[str], image_id: str, expires_at: str, folder: Folder) -> str:
@@ -127,7 +139,7 @@ def create_command(stack: Stack, zone: str, image_id: str, expires_at: str, scri
         f"--labels={labels}",
         f"--service-account={account_of(stack, 'worker')}",
         "--scopes=cloud-platform",
-        f"--max-run-duration={round(stack.ttl_hours * 3600)}s",
+        f"--termination-time={expires_at}",
         "--instance-termination-action=DELETE",
         "--provisioning-model=STANDARD",
         "--maintenance-policy=TERMINATE",

@@ -1,6 +1,5 @@
 """The MLflow server: its command line and its environment, on SQLite or Postgres, a folder or a bucket."""
 
-import base64
 import os
 import secrets
 import sys
@@ -62,15 +61,11 @@ def base_environment(home: Path) -> dict[str, str]:
         "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
         # Another key would make what is in the database unreadable, and MLflow fail on it.
-        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": auth.kept(home / WEBHOOKS_KEY_FILE, _fernet_key),
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": auth.kept(home / WEBHOOKS_KEY_FILE, auth.fernet_key),
         # A hook is heeded from the first event on, not a minute later.
         "MLFLOW_WEBHOOK_CACHE_TTL": "0",
         "MLFLOW_WEBHOOK_REQUEST_TIMEOUT": "5",
     }
-
-
-def _fernet_key() -> str:
-    return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
 
 
 def _auth_environment(home: Path, uri: str) -> dict[str, str]:

@@ -4,12 +4,10 @@ The head of a cluster is what the local platform is, with workers on other machi
 the same environment, but for passwords. `infra/scripts/service.sh` makes services of it.
 """
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from infra import haproxy, local, mlflow_server
 
@@ -18,7 +16,7 @@ HOME = Path(f"/home/{USER}")
 HERE = HOME / "gdl_ray"
 """Where nodes keep what they are sent."""
 CONFIG = HOME / "ray_bootstrap_config.yaml"
-"""Where `ray up` puts the cluster file for the head's autoscaler, as JSON."""
+"""Where `ray up` puts the cluster file for the head's autoscaler, as JSON; jobs read it too."""
 PORTS = {"haproxy_stats": 20201, "haproxy_metrics": 20202, "serve_fallback": 20203}
 """Ports that the ingress uses besides its own; below those that the system and Ray's workers take."""
 MLFLOW_PORT, SERVE_PORT, GCS_PORT, DASHBOARD_PORT = 5000, 8000, 6379, 8265
@@ -57,18 +55,9 @@ def environment(name: str, given: Mapping[str, str], home: Path) -> dict[str, st
         del env["MLFLOW_TRACKING_URI"]
     if name in ("head", "serve"):
         env |= {"RAY_ADDRESS": f"127.0.0.1:{GCS_PORT}"} | _ingress(own)
-    if name == "head" and CONFIG.exists():
-        env["GDL_RAY_NODE_TYPES"] = json.dumps(node_types(json.loads(CONFIG.read_text())))
+    if name == "head":
+        env["GDL_RAY_CLUSTER_FILE"] = str(CONFIG)
     return env | _secrets(home / HERE.name / "private" / "mlflow")
-
-
-def node_types(cluster: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Tell what nodes a cluster may launch, for jobs to wait for: resources of one, and how many."""
-    return {
-        name: {"resources": kind["resources"], "max": kind["max_workers"]}
-        for name, kind in cluster["available_node_types"].items()
-        if name != cluster["head_node_type"]
-    }
 
 
 def _ingress(own: Path) -> dict[str, str]:

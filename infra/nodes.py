@@ -105,7 +105,7 @@ def _gcp_node(stack: Stack, facts: Facts, name: str, kind: str, spot: bool) -> D
     """Describe an instance as Compute Engine's instances.insert has it."""
     zone = facts.zones[HEAD][0]
     scheduling: Description = {
-        "maxRunDuration": {"seconds": str(round(stack.ttl_hours * 3600))},
+        "terminationTime": facts.expires_at,  # maxRunDuration would count from each node's own launch
         "instanceTerminationAction": "DELETE",
         "onHostMaintenance": "TERMINATE",
         "automaticRestart": False,

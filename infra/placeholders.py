@@ -1,7 +1,6 @@
 """A cluster file without a cloud: what only a cloud could say is a word that nobody takes for an answer."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from infra.folder import Folder
 from infra.nodes import HEAD, Facts, Machine
@@ -105,8 +104,3 @@ def facts(stack: Stack, folder: Folder) -> Facts:
         worker_account="WORKER@PROJECT.iam.gserviceaccount.com",
         public_key="ssh-ed25519 KEY",
     )
-
-
-def folder_of(home: Path, stack: Stack) -> Folder:
-    """Name the folder of a stack in the platform's home."""
-    return Folder(home / "stacks" / stack.stack)

@@ -1,7 +1,8 @@
 """What the verbs tell: a plan, a status, a refusal; for people, and as records for `--json`."""
 
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 JOB = "workers=4,gpu=1,cpu=3"
@@ -45,6 +46,14 @@ class Job:
         """What each worker needs, as Ray's placement groups have it."""
         each = {name: amount for name, amount in (("CPU", self.cpu), ("GPU", self.gpu)) if amount}
         return [each] * self.workers
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that `up` is to do: what, in a line, and the call that does it."""
+
+    what: str
+    do: Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +151,20 @@ class Status:
             *(f"drift   {line}" for line in self.drift),
             *(f"orphan  {line}" for line in self.orphans),
         ]
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask the person at the terminal, if there is need and one.
+
+    Raises:
+        Refused: The answer is no, or nobody is there to give one.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise Refused(f"nobody is there to ask {question!r}: give --yes to go on without")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise Refused("not confirmed: nothing was done")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -301,9 +301,9 @@ def _contradictions(stack: Stack) -> list[str]:
         if getattr(stack, key) in nothing
     ]
     problems += [*_workers_contradict(stack.workers)]
-    if stack.cloud == "gcp" and len(stack.stack) > 20:
+    if stack.cloud == "gcp" and len(stack.stack) > 19:
         problems.append(
-            f"stack: {stack.stack!r} must have 20 characters at most, for accounts are named after it"
+            f"stack: {stack.stack!r} must have 19 characters at most, for accounts are named after it"
         )
     if stack.cloud == "gcp" and stack.access.mode == "ssm":
         problems.append(

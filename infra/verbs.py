@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import yaml
 
-from infra import local, placeholders
+from infra import placeholders
 from infra.cluster import render, validate
-from infra.folder import dump
+from infra.folder import dump, folder_of
 from infra.plan import Job, Plan, Status
 from infra.stack import Stack, StackError
 
@@ -91,15 +91,24 @@ def _status(asked: argparse.Namespace, stack: Stack) -> Answer:
 
 
 def _tunnel(asked: argparse.Namespace, stack: Stack) -> Answer:
-    return {}, ["the tunnel is closed"], cloud_of(stack.cloud).tunnel(stack)
+    try:
+        code = cloud_of(stack.cloud).tunnel(stack)
+    except KeyboardInterrupt:  # which is how it ends
+        code = OK
+    return {}, ["the tunnel is closed"], code
 
 
 def _down(asked: argparse.Namespace, stack: Stack) -> Answer:
-    return _left(cloud_of(stack.cloud).down(stack, yes=asked.yes, delete_data=asked.delete_data))
+    done, lines, code = _left(cloud_of(stack.cloud).down(stack, yes=asked.yes, delete_data=asked.delete_data))
+    if stack.storage.bucket != "auto":
+        lines.append(f"your bucket {stack.storage.bucket} stays")
+    elif not asked.delete_data:
+        lines.append("the bucket with its data stays (--delete-data deletes it)")
+    return done, lines, code
 
 
 def _gc(asked: argparse.Namespace, stack: Stack) -> Answer:
-    return _left(cloud_of(stack.cloud).gc(regions=tuple(asked.regions), expired=asked.expired, yes=asked.yes))
+    return _left(cloud_of(stack.cloud).gc(regions=tuple(asked.regions), expired=not asked.all, yes=asked.yes))
 
 
 def _left(leftovers: list[str]) -> Answer:
@@ -132,7 +141,7 @@ def validate_file(file: Path, as_json: bool) -> int:
 
 
 def _placeholders(stack: Stack) -> dict[str, Any]:
-    folder = placeholders.folder_of(local.home_dir(), stack)
+    folder = folder_of(stack)
     return render(stack, placeholders.facts(stack, folder))
 
 

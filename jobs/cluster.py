@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -51,9 +52,9 @@ class Demand(Protocol):
 
 
 def connect(options: Demand) -> None:
-    """Connect to the cluster; refuse what it can never hold, unless the user is ready to wait for more nodes.
+    """Connect to the cluster; refuse what it can never hold, with all the nodes that it may launch.
 
-    What it can hold counts the nodes that it may launch, if it launches any.
+    Where it launches none, the user may be ready to wait for those that others add.
 
     Raises:
         UsageError: if there is no cluster, or it is too small.
@@ -62,9 +63,9 @@ def connect(options: Demand) -> None:
         ray.init(logging_level=logging.WARNING, namespace="gdl_ray", ignore_reinit_error=True)
     except ConnectionError as error:
         raise UsageError(f"no Ray cluster answers at RAY_ADDRESS ({error}); `python -m infra up`") from error
-    if options.timeout_s is not None:
-        return
     types = node_types()
+    if options.timeout_s is not None and not types:
+        return
     if missing := _missing(options, [*whole_nodes(), *_launchable(types)]):
         if types:
             raise UsageError(
@@ -77,12 +78,20 @@ def connect(options: Demand) -> None:
 
 
 def node_types() -> dict[str, dict[str, Any]]:
-    """Tell what kinds of nodes the cluster may launch, and how many: as its head says in GDL_RAY_NODE_TYPES.
+    """Tell what kinds of nodes the cluster may launch: the resources of one, and how many at most.
 
-    Ray's autoscaler knows them, and tells nobody.
+    Ray's autoscaler knows them, and tells nobody; so they are read from its file, which each `up` writes anew
+    and whose place the head gives in GDL_RAY_CLUSTER_FILE. None where nothing launches nodes.
     """
-    types: dict[str, dict[str, Any]] = json.loads(os.environ.get("GDL_RAY_NODE_TYPES") or "{}")
-    return types
+    file = os.environ.get("GDL_RAY_CLUSTER_FILE")
+    if not file or not Path(file).exists():
+        return {}
+    cluster = json.loads(Path(file).read_text())
+    return {
+        name: {"resources": kind["resources"], "max": kind["max_workers"]}
+        for name, kind in cluster["available_node_types"].items()
+        if name != cluster["head_node_type"]
+    }
 
 
 def _launchable(types: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, float]]:

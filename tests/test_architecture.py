@@ -89,6 +89,7 @@ TESTED_ELSEWHERE = {
     "infra.__main__": "tests/infra/test_local.py and tests/infra/test_verbs.py run its verbs",
     "infra.gcloud": "tests/infra/test_gcp.py runs it on a project in a file",
     "infra.gcp_foundation": "tests/infra/test_gcp.py makes and deletes all of it",
+    "infra.gcp_nodes": "tests/infra/test_gcp.py finds, labels and deletes them",
     "infra.gcp_machine": "tests/infra/test_gcp.py makes one, in several zones",
     "infra.aws_cloud": "names and questions: tests/infra/test_aws.py finds what was made by them",
     "infra.aws_network": "tests/infra/test_aws_foundation.py opens and closes ports by hand",

@@ -5,19 +5,14 @@ kubectl create secret generic gdl-ray --from-file=infra/docker/.secrets      the
 """
 
 import argparse
-import base64
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from infra import haproxy
+from infra import auth, haproxy
 
 FOLDER = Path(__file__).parent / ".secrets"
 """Where compose.yaml looks for them."""
-
-
-def _fernet_key() -> str:
-    return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
 
 
 def _word() -> str:
@@ -31,7 +26,7 @@ SECRETS: dict[str, Callable[[], str]] = {
     # Signs the forms of MLflow's pages.
     "mlflow-forms-key": _word,
     # Encrypts what signs MLflow's events; with another one, MLflow cannot read its database.
-    "mlflow-webhooks-key": _fernet_key,
+    "mlflow-webhooks-key": auth.fernet_key,
     "ray-token": _word,
     "s3-access-key": _word,
     "s3-secret-key": _word,

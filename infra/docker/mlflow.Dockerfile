@@ -1,6 +1,6 @@
 # The MLflow server: on Postgres, with a bucket for artifacts, behind a password.
 #
-#   docker build -f infra/docker/mlflow.Dockerfile -t gdl_ray-mlflow .
+#   docker build -f infra/docker/mlflow.Dockerfile -t gdl_ray-mlflow:0.1.0 .
 
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm

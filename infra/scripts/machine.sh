@@ -8,13 +8,18 @@ DIGEST='@DIGEST@'
 id gdl_ray >/dev/null 2>&1 || useradd --create-home --shell /bin/bash gdl_ray
 here=/home/gdl_ray
 if [ "$(cat "$here/installed" 2>/dev/null)" != "$DIGEST" ]; then
-  apt-get -qq update
-  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y python3-venv
+  for _ in {1..20}; do  # at boot, Ubuntu's own updates hold apt's locks
+    apt-get -qq update && break
+    sleep 15
+  done
+  DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 install -y python3-venv
   mkdir -p "$here/code"
   gcloud storage cp --recursive "$BUCKET/code" "$here/"
   chown -R gdl_ray: "$here"
   sudo -u gdl_ray python3 -m venv "$here/venv"
-  wheel=$(echo "$here"/code/*.whl)
+  # Wheels of earlier versions may lie beside it.
+  wheel=$(sha256sum "$here"/code/*.whl | sed -n "s/^${DIGEST}[0-9a-f]*  //p")
+  [ -n "$wheel" ] || { echo "no wheel in $here/code has the sum $DIGEST" >&2; exit 1; }
   pip=(sudo -u gdl_ray "$here/venv/bin/python" -m pip install --quiet --constraint "$here/code/constraints.txt")
   "${pip[@]}" "${wheel}[platform,gcp]"
   "${pip[@]}" --force-reinstall --no-deps "$wheel"

@@ -62,8 +62,16 @@ def _create(state: dict[str, Any], kind: str, names: list[str], flags: dict[str,
         name = f"{name}@{flags['project']}.iam.gserviceaccount.com"
     if f"{kind} {name}" in state["things"]:
         return None, f"ERROR: The resource '{name}' already exists"
-    state["things"][f"{kind} {name}"] = {"name": name}
-    return [{"name": name}], ""
+    made = {"name": name, "creationTimestamp": "2026-01-01T00:00:00.000-08:00"}
+    if kind == "iam service-accounts":
+        made |= {"email": name, "displayName": flags["display-name"]}
+    if "region" in flags:
+        made["region"] = (
+            f"https://www.googleapis.com/compute/v1/projects/my-project/regions/{flags['region']}"
+        )
+    made |= {"network": flags["network"]} if "network" in flags else {}
+    state["things"][f"{kind} {name}"] = made
+    return [made], ""
 
 
 def instance(
@@ -82,17 +90,33 @@ def instance(
 
 
 def _update(state: dict[str, Any], kind: str, names: list[str], flags: dict[str, str]) -> tuple[Any, str]:
-    state["things"][f"{kind} {names[0]}"]["versioning_enabled"] = "versioning" in flags
+    bucket = state["things"][f"{kind} {names[0]}"]
+    bucket["versioning_enabled"] = "versioning" in flags
+    bucket["lifecycle_config"] = json.loads(Path(flags["lifecycle-file"]).read_text())
     return None, ""
 
 
+def _label(state: dict[str, Any], kind: str, names: list[str], flags: dict[str, str]) -> tuple[Any, str]:
+    for each in state["instances"]:
+        if each["name"] == names[0]:
+            each["labels"] |= dict(pair.split("=", 1) for pair in flags["labels"].split(","))
+    return None, ""
+
+
+def _token(state: dict[str, Any], kind: str, names: list[str], flags: dict[str, str]) -> tuple[Any, str]:
+    return {"token": "secret"}, ""
+
+
 def _delete(state: dict[str, Any], kind: str, names: list[str], flags: dict[str, str]) -> tuple[Any, str]:
-    if kind == "compute instances":
-        state["instances"] = [each for each in state["instances"] if each["name"] not in names]
+    if kind in ("compute instances", "compute disks"):
+        of = kind.partition(" ")[2]
+        state[of] = [each for each in state[of] if each["name"] not in names]
         return None, ""
     if f"{kind} {names[0]}" not in state["things"]:
         return None, f"ERROR: The resource '{names[0]}' was not found"
-    if kind == "compute networks" and any("networks subnets" in key for key in state["things"]):
+    if kind == "compute networks" and any(
+        each.get("network") == names[0] for each in state["things"].values()
+    ):
         return None, f"ERROR: The network resource '{names[0]}' is already being used by a subnet"
     del state["things"][f"{kind} {names[0]}"]
     return None, ""
@@ -117,8 +141,14 @@ def _list(state: dict[str, Any], kind: str, names: list[str], flags: dict[str, s
             for zone in state["zones"]
             if f"{name} " in flags["filter"].replace("(", " ").replace(")", " ")
         ], ""
-    key, _, value = flags.get("filter", "").removeprefix("labels.").partition("=")
-    return [each for each in state["instances"] if not value or each["labels"].get(key) == value], ""
+    asked = flags.get("filter", "")
+    if kind in ("compute instances", "compute disks"):
+        key, _, value = asked.removeprefix("labels.").removesuffix(":*").partition("=")
+        every = [each for each in state[kind.partition(" ")[2]] if not key or key in each["labels"]]
+        return [each for each in every if value in ("", each["labels"][key])], ""
+    of_kind = [key for key in state["things"] if key.rpartition(" ")[0] == kind]
+    start = f"{kind} {asked.removeprefix('name~^')}"
+    return [state["things"][key] for key in of_kind if key.startswith(start)], ""
 
 
 def _policy(state: dict[str, Any], kind: str, names: list[str], flags: dict[str, str]) -> tuple[Any, str]:
@@ -139,6 +169,10 @@ def _unbind(state: dict[str, Any], kind: str, names: list[str], flags: dict[str,
     return None, ""
 
 
+def _project(state: dict[str, Any], kind: str, names: list[str], flags: dict[str, str]) -> tuple[Any, str]:
+    return state["project"], ""
+
+
 def _copy(state: dict[str, Any], kind: str, names: list[str], flags: dict[str, str]) -> tuple[Any, str]:
     return None, ""
 
@@ -148,6 +182,9 @@ _VERBS = {
     "describe-from-family": _describe,
     "create": _create,
     "update": _update,
+    "add-labels": _label,
+    "print-access-token": _token,
+    "get": _project,
     "delete": _delete,
     "rm": _rm,
     "list": _list,

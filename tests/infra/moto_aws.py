@@ -4,6 +4,7 @@ Nothing here reaches the internet or reads the user's credentials. What AWS hold
 which asks by itself and not through the code under test.
 """
 
+import copy
 import json
 import os
 import re
@@ -20,12 +21,15 @@ import boto3  # type: ignore[import-untyped]
 import pytest
 import yaml
 from moto import mock_aws
+from moto.backends import get_backend
 from moto.kms import models as kms_models
 from moto.kms.utils import generate_private_key
+from moto.s3.models import s3_backends
 
 from infra import aws, aws_launch, aws_teardown, cluster
 from infra.aws_cloud import RETRIES, Cloud
 from infra.folder import Folder
+from infra.local import home_dir
 from infra.stack import Access, Budget, Head, Stack, Workers
 
 REGION = "us-west-2"
@@ -46,6 +50,8 @@ STACK = Stack(
     ),
     budget=Budget(max_hourly_usd=10),
 )
+SERVICES: tuple[Any, ...] = ("ec2", "iam", "s3", "kms")
+"""Those that hold something of a stack."""
 READS = re.compile(r"(Describe|Get|List|Head)[A-Z]\w*")
 
 
@@ -76,16 +82,16 @@ class FakeAws:
     """Command lines of Ray's launcher."""
     answers: dict[str, Callable[[Call], dict[str, Any] | None]] = field(default_factory=dict)
     """By operation: the answer, in place of moto's; None leaves it to moto."""
-    end_before: int = -1
-    """Number of the call before which the process is ended."""
+    moments: list["Moment"] | None = None
+    """What there was before each change; None where nobody asks."""
     end_after_change: bool = False
     """End the process when a change is done, and it does not know so yet."""
 
     def before(self, model: Any, params: dict[str, Any], **_: object) -> tuple[Any, dict[str, Any]] | None:
-        """Record a call, end the process, or answer."""
-        if len(self.calls) == self.end_before:
-            raise Interrupted
+        """Record a call, and answer."""
         call = Call(model.name, params.get("body"))
+        if self.moments is not None and not call.changes_nothing:
+            self.moments.append(Moment(call.operation))
         self.calls.append(call)
         answer = self.answers[model.name](call) if model.name in self.answers else None
         if answer is None:
@@ -102,6 +108,45 @@ class FakeAws:
     def changes(self) -> list[str]:
         """The operations that changed something, in order."""
         return [call.operation for call in self.calls if not call.changes_nothing]
+
+
+class Moment:
+    """What there is just before a change: all that AWS holds, and the files of the stack on this machine."""
+
+    def __init__(self, change: str) -> None:
+        self.change = change
+        self._aws = copy.deepcopy(_held())
+        self._buckets = dict(s3_backends.bucket_accounts)  # whose each is
+        self._files = _files()
+
+    def come_back(self) -> None:
+        """Make all as it was then: as if the machine had lost its power at this moment, and was on again."""
+        for (service, account), regions in copy.deepcopy(self._aws).items():
+            place = get_backend(service)[account]
+            place.clear()
+            place.update(regions)
+        s3_backends.bucket_accounts.clear()
+        s3_backends.bucket_accounts.update(self._buckets)
+        for file in _files():
+            file.unlink()
+        for file, (content, mode) in self._files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+            file.chmod(mode)
+
+
+def _held() -> dict[tuple[Any, str], dict[str, Any]]:
+    """All that moto holds for a stack, by service and account; a copy of it has all that belongs together."""
+    return {
+        (service, account): dict(regions)
+        for service in SERVICES
+        for account, regions in get_backend(service).items()
+    }
+
+
+def _files() -> dict[Path, tuple[bytes, int]]:
+    files = [file for file in home_dir().rglob("*") if file.is_file()]
+    return {file: (file.read_bytes(), file.stat().st_mode) for file in files}
 
 
 def error(code: str, message: str = "") -> Callable[[Call], dict[str, Any]]:

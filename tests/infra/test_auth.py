@@ -3,6 +3,8 @@
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from infra import auth
 
 
@@ -20,6 +22,19 @@ def test_what_is_written_again_becomes_private(tmp_path: Path) -> None:
     file.chmod(0o644)
     auth.write_private(file, "new")
     assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", 0o600)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    auth.write_private(file, "old")
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        auth.write_private(file, "new")
+    assert file.read_bytes() == b"old"
 
 
 def test_homes_share_no_secret(tmp_path: Path) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from infra.node import node_types
 from infra.processes import end, spawn
 from tests.conftest import ROOT, free_port
 
@@ -62,7 +60,7 @@ def cluster() -> Iterator[dict[str, str]]:
         "worker_start_ray_commands": [],
     }
     file = folder / "cluster.yaml"
-    file.write_text(yaml.safe_dump(config))
+    file.write_text(json.dumps(config))
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "RAY_FAKE_CLUSTER": "1",
@@ -79,12 +77,11 @@ def cluster() -> Iterator[dict[str, str]]:
     command += [f"--port={port}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder / 'ray'}"]
     started = spawn([*command, f"--autoscaling-config={file}"], folder / "log", env, ROOT)
     try:
-        types = json.dumps(node_types(config))
         jobs = {name: value for name, value in env.items() if not name.startswith("RAY_")}
         yield jobs | {
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "RAY_AUTH_MODE": "disabled",
-            "GDL_RAY_NODE_TYPES": types,
+            "GDL_RAY_CLUSTER_FILE": str(file),
         }
     finally:
         end(started)

@@ -1,6 +1,7 @@
 """The verbs of a stack on AWS, against moto: what they do, and that it holds wherever they are ended."""
 
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from infra import aws, aws_launch, preflight
+from infra.folder import folder_of
 from infra.plan import Job, Refused
 from infra.stack import Access, Budget, Stack, Storage
 from tests.infra.moto_aws import (
@@ -20,7 +22,6 @@ from tests.infra.moto_aws import (
     STACK,
     Call,
     FakeAws,
-    Interrupted,
     error,
     fake_aws,
     inventory,
@@ -42,7 +43,7 @@ def fake(tmp_path: Path) -> Iterator[FakeAws]:
 
 def launch_worker(stack: Stack) -> str:
     """Launch a worker as the head's autoscaler does; its id."""
-    rendered = yaml.safe_load(aws._folder(stack).cluster.read_text())
+    rendered = yaml.safe_load(folder_of(stack).cluster.read_text())
     tags = {"ray-cluster-name": stack.stack, "ray-node-type": "worker", "ray-user-node-type": "l4"}
     return launch(boto3.client("ec2"), rendered["available_node_types"]["l4"]["node_config"], tags)
 
@@ -90,31 +91,25 @@ def test_up_makes_the_foundation_alone_where_asked(fake: FakeAws) -> None:
 
 
 @pytest.mark.slow
-def test_up_converges_wherever_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is ended before each change in turn; at the calls in between, AWS is as it is at the next change.
+def test_up_converges_wherever_it_was_interrupted(fake: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on from before each change; at the calls in between, AWS is as it is at the next change.
 
     What the preflight asks, it asks before the first change: here, once for all.
     """
-    with fake_aws(tmp_path / "whole") as fake:
-        survey = aws._look(STACK).survey
-        monkeypatch.setattr(
-            preflight, "survey", lambda cloud, *_: replace(survey, subnets=preflight.default_subnets(cloud))
-        )
-        monkeypatch.setattr(preflight, "permission_problems", lambda *_: ())
-        fake.calls.clear()
-        aws.up(STACK, yes=True)
-        moments = [number for number, call in enumerate(fake.calls) if not call.changes_nothing]
-        whole = inventory()
+    survey = aws._look(STACK).survey
+    monkeypatch.setattr(preflight, "survey", lambda *_: survey)
+    monkeypatch.setattr(preflight, "permission_problems", lambda *_: ())
+    fake.moments = []
+    aws.up(STACK, yes=True)
+    moments, fake.moments = fake.moments, None
+    whole = inventory()
     assert len(moments) > 20
     for moment in moments:
-        with fake_aws(tmp_path / str(moment)) as fake:
-            fake.end_before = moment
-            with pytest.raises(Interrupted):
-                aws.up(STACK, yes=True)
-            fake.end_before = -1
-            aws.up(STACK, yes=True)
-            assert inventory() == whole, moment
-            assert aws._look(STACK).steps == [], moment
+        moment.come_back()
+        before = len(fake.changes)
+        aws.up(STACK, yes=True)  # whose last look finds nothing to do any more
+        assert fake.changes[before] == moment.change
+        assert inventory() == whole, moment.change
 
 
 @pytest.mark.slow
@@ -142,12 +137,30 @@ def test_what_others_made_meanwhile_is_not_made_twice(fake: FakeAws) -> None:
 def test_a_head_that_was_left_half_set_up_is_set_up_with_ray_started(fake: FakeAws) -> None:
     aws.up(STACK, yes=True)
     head = boto3.client("ec2").describe_instances()["Reservations"][0]["Instances"][0]["InstanceId"]
+    never = [{"Key": "gdl-ray:config"}]  # what the end of the first launch writes
+    boto3.client("ec2").delete_tags(Resources=[head], Tags=never)
     tag = {"Key": "ray-node-status", "Value": "syncing-files"}
     boto3.client("ec2").create_tags(Resources=[head], Tags=[tag])
     fake.ray.clear()
     aws.up(STACK, yes=True)
     assert [line[:3] for line in fake.ray] == [("up", "-y", "--no-config-cache")]
     assert "--no-restart" not in fake.ray[0]
+
+
+def test_an_update_that_was_cut_off_goes_on_and_restarts_nothing(fake: FakeAws) -> None:
+    """Once a launch has come to its end, the services run, whatever Ray's launcher left half done since."""
+    aws.up(STACK, yes=True)
+    head = boto3.client("ec2").describe_instances()["Reservations"][0]["Instances"][0]["InstanceId"]
+    tag = {"Key": "ray-node-status", "Value": "waiting-for-ssh"}
+    boto3.client("ec2").create_tags(Resources=[head], Tags=[tag])
+    fake.ray.clear()
+    larger = replace(STACK, head=replace(STACK.head, type="m7i.xlarge"), budget=Budget(max_hourly_usd=99))
+    with pytest.raises(Refused, match=r"Ray would replace it.*--restart"):
+        aws.up(larger, yes=True)
+    assert fake.ray == []
+    aws.up(STACK, yes=True)
+    assert len(fake.ray) == 1
+    assert "--no-restart" in fake.ray[0]
 
 
 def test_a_change_of_the_stack_updates_the_head_and_restarts_nothing(fake: FakeAws) -> None:
@@ -177,7 +190,7 @@ def test_a_head_of_another_kind_is_replaced_only_where_asked(fake: FakeAws) -> N
 def test_nodes_keep_image_zones_and_expiry_while_the_head_runs(fake: FakeAws) -> None:
     """Other ones would be another head to Ray, which would end the one that runs."""
     aws.up(STACK, yes=True)
-    file = aws._folder(STACK).cluster
+    file = folder_of(STACK).cluster
     before = file.read_text()
     fake.answers["GetParameter"] = lambda _: {"Parameter": {"Value": "ami-0fedcba9876543210"}}
     dear = {"AvailabilityZone": "us-west-2a", "InstanceType": "g6.xlarge", "SpotPrice": "9"}
@@ -199,7 +212,7 @@ def test_a_new_head_has_the_newest_image_and_the_cheapest_zone_first(fake: FakeA
     assert head.zone == "us-west-2c"
     subnets = boto3.client("ec2").describe_subnets()["Subnets"]
     zone_of = {subnet["SubnetId"]: subnet["AvailabilityZone"] for subnet in subnets}
-    config = yaml.safe_load(aws._folder(STACK).cluster.read_text())["available_node_types"]["l4-spot"]
+    config = yaml.safe_load(folder_of(STACK).cluster.read_text())["available_node_types"]["l4-spot"]
     tried = [zone_of[subnet] for subnet in config["node_config"]["SubnetIds"]]
     assert tried == ["us-west-2c", "us-west-2d", "us-west-2a", "us-west-2b"]
 
@@ -249,7 +262,7 @@ def test_a_bucket_of_the_user_is_used_as_it_is_and_never_deleted(fake: FakeAws) 
     assert not [
         name for name in fake.changes if name.startswith("PutBucket") or name == "PutPublicAccessBlock"
     ]
-    assert "s3://mine" in aws._folder(stack).cluster.read_text()
+    assert "s3://mine" in folder_of(stack).cluster.read_text()
     assert aws.down(stack, yes=True, delete_data=True) == []
     assert inventory() == {ACCOUNTS_OWN: 1, "bucket mine": 1}
 
@@ -267,11 +280,11 @@ def test_down_ends_all_of_a_stack_and_nothing_of_another(fake: FakeAws) -> None:
     assert aws.down(STACK, yes=True) == []
     bucket = next(name for name in inventory() if name.startswith("bucket gdl-demo"))
     assert inventory() == others + type(others)([bucket])
-    assert not aws._folder(STACK).path.exists()
+    assert not folder_of(STACK).path.exists()
     fake.calls.clear()
     assert aws.down(STACK, yes=True) == []
     assert fake.changes == []
-    assert ("down", "-y", str(aws._folder(STACK).cluster)) in fake.ray
+    assert ("down", "-y", str(folder_of(STACK).cluster)) in fake.ray
 
 
 def test_down_deletes_the_bucket_with_every_version_where_asked(fake: FakeAws) -> None:
@@ -288,13 +301,40 @@ def test_down_deletes_the_bucket_with_every_version_where_asked(fake: FakeAws) -
     assert inventory() == {ACCOUNTS_OWN: 1}
 
 
+def test_down_in_an_account_that_has_nothing_of_it_keeps_the_key(
+    fake: FakeAws, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aws.up(STACK, yes=True)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("MOTO_ACCOUNT_ID", "210987654321")
+        assert aws.down(STACK, yes=True) == []
+    assert "account 210987654321 has nothing of demo in us-west-2" in capsys.readouterr().out
+    assert folder_of(STACK).key.exists()
+
+
+def test_from_a_machine_without_the_key_all_can_be_looked_at_and_ended(fake: FakeAws) -> None:
+    aws.up(STACK, yes=True)
+    shutil.rmtree(folder_of(STACK).path)
+    planned = aws.plan(STACK, Job.parse("workers=2,gpu=1"))
+    assert planned.steps == []
+    assert len(planned.problems) == 1
+    assert f"on another machine: copy {folder_of(STACK).path} from it" in planned.problems[0]
+    status = aws.status(STACK)
+    assert (len(status.nodes), status.drift) == (1, [])
+    fake.calls.clear()
+    with pytest.raises(Refused, match="on another machine"):
+        aws.up(STACK, yes=True)
+    assert fake.changes == []
+    assert aws.down(STACK, yes=True) == []
+
+
 def test_down_names_what_it_cannot_end(fake: FakeAws, monkeypatch: pytest.MonkeyPatch) -> None:
     aws.up(STACK, yes=True, foundation_only=True)
     monkeypatch.setattr("infra.aws_teardown.PATIENCE_S", 0)
     fake.answers["DeleteSecurityGroup"] = error("DependencyViolation", "has a dependent object")
     (left,) = aws.down(STACK, yes=True)
     assert left.startswith("security group sg-")
-    assert aws._folder(STACK).key.exists()  # for the next try
+    assert folder_of(STACK).key.exists()  # for the next try
     del fake.answers["DeleteSecurityGroup"]
     assert aws.down(STACK, yes=True) == []
 
@@ -424,7 +464,7 @@ def test_the_tunnel_is_one_that_ssh_takes(fake: FakeAws, access: Access) -> None
     if access.mode == "ssm":
         assert settings["hostname"].startswith("i-")
         assert "start-session" in settings["proxycommand"]
-        aws._folder(stack).key.unlink()
+        folder_of(stack).key.unlink()
         with pytest.raises(Refused, match="another machine"):
             aws.tunnel_command(stack)
 

@@ -15,10 +15,10 @@ from infra import cluster as clusters
 from infra.cluster import fit, render, validate
 from infra.folder import Folder, dump
 from infra.local import PROJECT
-from infra.node import node_types
 from infra.placeholders import facts
 from infra.plan import Job
 from infra.stack import Stack, load
+from jobs.cluster import node_types
 
 FOLDER = Folder(Path("/home/you/.gdl_ray/stacks/demo"))
 STACKS = {"aws": "infra/stack.example.yaml", "gcp": "infra/examples/gcp.stack.yaml"}
@@ -180,7 +180,8 @@ def test_every_node_ends_itself(aws: dict[str, Any], gcp: dict[str, Any]) -> Non
         assert f"ROLE='{'head' if name == 'head' else 'worker'}'" in config["UserData"]
         assert len(config["UserData"]) < 16_000  # what EC2 takes
     for config in configs(gcp).values():
-        assert config["scheduling"]["maxRunDuration"] == {"seconds": "43200"}
+        assert config["scheduling"]["terminationTime"] == "2030-01-01T00:00:00Z"
+        assert "maxRunDuration" not in config["scheduling"]  # Google takes one of the two
         assert config["scheduling"]["instanceTerminationAction"] == "DELETE"
 
 
@@ -284,6 +285,11 @@ WRONG: list[tuple[str, Any, str]] = [
         "provider.cache_stoped_nodes: unknown key; did you mean cache_stopped",
     ),
     ("max_worker", 3, "'max_worker' was unexpected"),
+    ("provider", "aws", "provider: 'aws' must be a mapping"),
+    ("available_node_types", [{"l4": {}}], "available_node_types: [{'l4': {}}] must be a mapping"),
+    ("available_node_types.l4", {"max_workers": 1}, "available_node_types.l4.node_config: None must be"),
+    ("available_node_types.l4", 1, "available_node_types.l4.node_config: None must be a mapping"),
+    ("auth", ["ubuntu"], "auth: "),
     ("head_node_type", "none", "must be one of `available_node_types`"),
     ("available_node_types.l4.priorty", 3, "'priorty' was unexpected"),
     ("available_node_types.l4.min_workers", 99, "smaller than the sum of `min_workers`"),
@@ -363,9 +369,14 @@ def test_what_never_fits_says_why_and_what_to_do(aws: dict[str, Any]) -> None:
     assert str(fit(aws, Job.parse("workers=5,gpu=1").bundles)) == "fits: launches 4 x l4-spot, 1 x l4"
 
 
-def test_jobs_are_told_of_the_nodes_that_may_come(cluster: dict[str, Any]) -> None:
+def test_jobs_are_told_of_the_nodes_that_may_come(
+    cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "cluster"
+    file.write_text(json.dumps(cluster))
+    monkeypatch.setenv("GDL_RAY_CLUSTER_FILE", str(file))
     has = {"CPU": 8, "GPU": 1, "accelerator_type:L4": 1}
-    assert node_types(cluster) == {
+    assert node_types() == {
         "l4-spot": {"resources": has, "max": 4},
         "l4": {"resources": has, "max": 2},
     }

@@ -3,12 +3,15 @@
 No engine runs them here: checked is what can be wrong in the files, and that each such fault is found.
 """
 
+import http.server
 import os
 import re
 import shlex
+import socketserver
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -86,8 +89,10 @@ def commands_are_understood(compose: Compose) -> Iterator[str]:
         if words and words[0] in ("ray", "serve", "mlflow", "python"):
             yield from (f"{name}: {problem}" for problem in problems_with_command(words))
         for line in [*words, *service.get("healthcheck", {}).get("test", [])]:
-            if "import " in line:
+            if line.startswith("import "):
                 compile(line, name, "exec")
+            for declared in re.findall(r"serve deploy [^;]*", line):
+                yield from (f"{name}: {problem}" for problem in problems_with_command(declared.split()))
             for module in re.findall(r"python -m (\S+)", line):
                 if find_spec(module) is None:
                     yield f"{name}: there is no module {module}"
@@ -203,7 +208,7 @@ def test_the_composition_is_right() -> None:
         ("--num-cpus=0", "--num-cpus=none", "commands_are_understood"),
         ("--app-name=basic-auth", "--app-name=basic", "commands_are_understood"),
         ("--artifacts-destination", "--artifact-destination", "commands_are_understood"),
-        ("[serve, deploy, --address", "[serve, deploy, --adress", "commands_are_understood"),
+        ("serve deploy --address", "serve deploy --adress", "commands_are_understood"),
         ("python -m infra.doctor", "python -m infra.docter", "commands_are_understood"),
         ("--allowed-hosts=mlflow:*,", "--allowed-hosts=", "mlflow_answers_to_its_name"),
         ("file: ./serve.yaml", "file: ./served.yaml", "references_lead_somewhere"),
@@ -239,7 +244,53 @@ def test_the_example_of_settings_has_all_of_them_with_their_defaults() -> None:
 def test_the_service_is_one_that_serve_takes() -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load((FOLDER / "serve.yaml").read_text()))
     assert config.http_options.port == 8000
-    assert read(COMPOSE)["services"]["serve"]["command"][-1] == "/etc/gdl_ray/serve.yaml"
+    service = read(COMPOSE)["services"]["serve"]
+    (declared,) = re.findall(r"serve deploy [^;]*", service["command"][-1])
+    assert declared.split()[-1] == service["configs"][0]["target"]
+
+
+@pytest.mark.parametrize(("answers", "told"), [(True, []), (False, ["serve", "sleep 240"])])
+def test_the_service_is_declared_whenever_it_does_not_answer(
+    answers: bool, told: list[str], tmp_path: Path
+) -> None:
+    """Run the loop in a real shell, against a real server; `sleep 30` ends it."""
+    said = tmp_path / "said"
+    for name, does in {
+        "serve": f"echo serve >>{said}",
+        "sleep": f'[ "$1" = 30 ] && kill $PPID; echo "sleep $1" >>{said}',
+        "python": f'exec {sys.executable} "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    service = read(COMPOSE)["services"]["serve"]
+    assert service["restart"] == "unless-stopped"
+    with socketserver.TCPServer(("127.0.0.1", 0), Healthy if answers else Absent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"127.0.0.1:{server.server_address[1]}"
+        command = [word.replace("ray-head:8000", here) for word in service["command"]]
+        path = f"{tmp_path}{os.pathsep}{os.defpath}"
+        subprocess.run(command, env={"PATH": path}, check=False, timeout=30)
+        server.shutdown()
+    assert said.read_text().splitlines()[: len(told) + 1] == [*told, "sleep 30"]
+
+
+class Absent(http.server.BaseHTTPRequestHandler):
+    """Knows no address, as Serve's ingress before anything is declared."""
+
+    status = 404
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/healthz" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+class Healthy(Absent):
+    """Lives."""
+
+    status = 200
 
 
 def hadolint(text: str) -> str:
@@ -288,7 +339,8 @@ def test_versions_are_those_that_are_tested() -> None:
     assert image == {name: tested[name] for name in image}
     for name in IMAGES:
         text = (FOLDER / name).read_text()
-        assert text.count("pip install") == text.count("-c ") + text.count("--no-deps"), "without constraints"
+        for install in re.findall(r"pip install (?:.|\\\n)*", text):
+            assert "-c " in install or "--no-deps" in install, f"without constraints: {install}"
         python = re.search(r"^ARG PYTHON=(.*)$", text, re.MULTILINE)
         assert python
         assert python[1] >= "3.11"

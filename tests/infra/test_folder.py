@@ -4,13 +4,16 @@ import base64
 import stat
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import gdl_ray.home
-from infra.folder import Folder, write_private
+from infra.folder import Folder, folder_of, public_key
 from infra.local import PROJECT
+from infra.plan import Refused
+from infra.stack import Stack
 
 
 def test_what_is_secret_is_for_its_owner_alone_and_made_once(tmp_path: Path) -> None:
@@ -45,17 +48,25 @@ def test_the_cluster_file_is_private_from_the_first_byte_on(tmp_path: Path) -> N
     assert stat.S_IMODE(folder.cluster.stat().st_mode) == 0o600
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "file"
-    write_private(file, "old")
+def test_stacks_of_one_name_in_other_places_share_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else `down` of one would end the other's cluster, and delete its key."""
+    monkeypatch.setenv("GDL_RAY_HOME", str(tmp_path))
+    here = Stack(stack="demo", cloud="aws", region="us-west-2")
+    google = replace(here, cloud="gcp", region="us-central1", project="mine")
+    stacks = [here, replace(here, region="eu-west-1"), google, replace(google, project="yours")]
+    folders = [folder_of(stack).path for stack in stacks]
+    assert len(set(folders)) == 4
+    assert {folder.parent for folder in folders} == {tmp_path / "stacks"}
+    assert folders[0].name == "aws-us-west-2-demo"
 
-    def full(*_: object) -> None:
-        raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="no space"):
-        write_private(file, "new")
-    assert file.read_bytes() == b"old"
+def test_a_key_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "key.pem"
+    file.write_text("nonsense")
+    with pytest.raises(Refused, match=f"{file}: ssh-keygen cannot use it"):
+        public_key(file)
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,111 +18,16 @@ import pytest
 
 from infra import gcloud as gcloud_module
 from infra import gcp
-from infra.folder import Folder
+from infra.folder import folder_of, public_key
 from infra.gcloud import GcloudError, gcloud
 from infra.gcp_machine import create_command, startup
-from infra.local import PROJECT
 from infra.plan import Job, Refused
-from infra.stack import Head, Stack, load
+from infra.stack import Head, Stack, Storage
 from tests.infra import fake_gcloud
 from tests.infra.fake_gcloud import instance
+from tests.infra.gcp_project import ALL, GPUS, SPOT, ZONES, Project
 
 REAL = shutil.which("gcloud")
-GPUS = {"metric": "NVIDIA_L4_GPUS", "limit": 8, "usage": 0}
-SPOT = {"metric": "PREEMPTIBLE_NVIDIA_L4_GPUS", "limit": 8, "usage": 0}
-ALL = {"metric": "GPUS_ALL_REGIONS", "limit": 16, "usage": 0}
-ZONES = ["us-central1-a", "us-central1-b", "us-central1-c"]
-
-
-class Project:
-    """The project that the fake gcloud keeps."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._lock = threading.Lock()
-        quotas = {"quotas": [GPUS, SPOT], "project_quotas": [ALL]}
-        empty: dict[str, Any] = {"things": {}, "instances": [], "bindings": [], "told": [], "complaints": {}}
-        file.write_text(json.dumps(empty | quotas | {"zones": ZONES, "full": [], "available": ""}))
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """All of it."""
-        state: dict[str, Any] = json.loads(self._file.read_text())
-        return state
-
-    def set(self, **values: Any) -> None:
-        """Change some of it."""
-        self._file.write_text(json.dumps(self.state | values))
-
-    def run(self, command: list[str], **_: object) -> "subprocess.CompletedProcess[str]":
-        """Stand in for `subprocess.run`."""
-        with self._lock:
-            state = self.state
-            says, complains = fake_gcloud.main(command[1:], state)
-            self._file.write_text(json.dumps(state))
-        output = "" if says is None else json.dumps(says)
-        return subprocess.CompletedProcess(command, int(bool(complains)), output, complains)
-
-    @property
-    def told(self) -> list[list[str]]:
-        """The command lines so far."""
-        told: list[list[str]] = self.state["told"]
-        return told
-
-    def changes(self) -> list[list[str]]:
-        """The command lines that change something."""
-        reading = {"describe", "describe-from-family", "list", "get-iam-policy"}
-        return [words for words in self.told if not reading & set(words)]
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """An empty project, and a machine on which nothing is known of any stack.
-
-    The fake gcloud runs in this process, ten times as fast; `test_gcloud_is_a_command` starts it as one.
-    """
-    stub = tmp_path / "bin" / "gcloud"
-    stub.parent.mkdir()
-    fake = Path(__file__).with_name("fake_gcloud.py")
-    stub.write_text(f'#!/bin/sh\nexec {sys.executable} -S {fake} "$@"\n')
-    stub.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path / "project"))
-    monkeypatch.setenv("GDL_RAY_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(Folder, "pack", _pack)
-    empty = Project(tmp_path / "project")
-    monkeypatch.setattr(gcloud_module, "subprocess", SimpleNamespace(run=empty.run, DEVNULL=None))
-    return empty
-
-
-def _pack(self: Folder) -> str:
-    """Stand in for building a wheel, which test_folder.py does."""
-    self.code.mkdir(exist_ok=True)
-    return "c0de"
-
-
-@pytest.fixture
-def rays(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """What Ray's launcher would be told; it needs Google's own API."""
-    told: list[tuple[str, ...]] = []
-
-    def ray(*words: str) -> int:
-        told.append(words)
-        return 0
-
-    monkeypatch.setattr(gcp, "_ray", ray)
-    return told
-
-
-@pytest.fixture
-def cluster() -> Stack:
-    return load(PROJECT / "infra" / "examples" / "gcp.stack.yaml")
-
-
-@pytest.fixture
-def machine(cluster: Stack) -> Stack:
-    """A stack of one machine, with a GPU."""
-    return replace(cluster, workers=(), head=Head(type="g2-standard-8"))
 
 
 def test_a_plan_changes_nothing_and_says_what_comes(project: Project, cluster: Stack) -> None:
@@ -165,20 +69,47 @@ def test_up_makes_all_once_and_hands_over_to_ray(
     project: Project, cluster: Stack, rays: list[tuple[str, ...]]
 ) -> None:
     gcp.up(cluster, yes=True)
-    folder = gcp.folder_of(cluster)
+    folder = folder_of(cluster)
     assert rays == [("up", "-y", "--no-config-cache", str(folder.cluster))]
     assert folder.key.stat().st_mode & 0o777 == 0o600
-    assert folder.key.with_suffix(".pub").read_text().split()[1] in folder.cluster.read_text()
+    assert public_key(folder.key).split()[1] in folder.cluster.read_text()
     made = len(project.changes())
     gcp.up(cluster, yes=True)
     assert len(project.changes()) == made
     labels = {"gdl-ray-stack": "demo", "ray-node-type": "head", "gdl-ray-expires-at": "2030-01-01t00_00_00z"}
-    project.set(instances=[instance("ray-demo-head", "us-central1-b", labels, "e2-standard-4")])
+    head = instance("ray-demo-head", "us-central1-b", labels, "e2-standard-4")
+    project.set(instances=[head | {"labels": labels | {"ray-node-status": "up-to-date"}}])
     gcp.up(cluster, yes=True)
     assert rays[-1] == ("up", "-y", "--no-config-cache", "--no-restart", str(folder.cluster))
     text = folder.cluster.read_text()
     assert "availability_zone: us-central1-b" in text  # where the head is
     assert "2030-01-01T00:00:00Z" in text  # another time would be another head to Ray
+
+
+def test_services_are_started_until_they_once_were(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that was left unfinished gets its services; one that has them keeps its jobs."""
+    failed = {"gdl-ray-stack": "demo", "ray-node-type": "head", "ray-node-status": "update-failed"}
+    folder = folder_of(cluster)
+    gcp.up(cluster, yes=True)
+    project.set(instances=[instance("head", "us-central1-b", failed, "e2-standard-4")])
+    code = 1
+
+    def ray(*words: str) -> int:
+        rays.append(words)
+        return code
+
+    monkeypatch.setattr(gcp, "_ray", ray)
+    with pytest.raises(Refused, match="exit code 1"):
+        gcp.up(cluster, yes=True)
+    code = 0
+    gcp.up(cluster, yes=True)
+    assert rays[-2:] == [("up", "-y", "--no-config-cache", str(folder.cluster))] * 2
+    gcp.up(cluster, yes=True)  # Ray's label still tells of a failure, as after an update that was cut off
+    assert "--no-restart" in rays[-1]
+    gcp.up(cluster, yes=True, restart=True)
+    assert "--no-restart" not in rays[-1]
 
 
 def test_rights_are_narrow(project: Project, cluster: Stack, rays: list[tuple[str, ...]]) -> None:
@@ -212,6 +143,95 @@ def test_up_that_was_interrupted_goes_on(
     assert state["things"]["storage buckets gs://gdl-ray-my-project-demo"]["versioning_enabled"] is True
     assert len(state["bindings"]) == 4
     assert len(rays) == 1
+
+
+def test_the_bucket_keeps_replaced_versions_for_a_month(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
+) -> None:
+    gcp.up(cluster, yes=True)
+    things = project.state["things"]
+    bucket = things["storage buckets gs://gdl-ray-my-project-demo"]
+    rule = {"action": {"type": "Delete"}, "condition": {"daysSinceNoncurrentTime": 30}}
+    assert rule in bucket["lifecycle_config"]["rule"]
+    bucket["lifecycle_config"]["rule"].remove(rule)
+    project.set(things=things)
+    assert any("replaced versions for 30 days" in step for step in gcp.plan(cluster).steps)
+
+
+def test_a_bucket_of_the_users_own_is_used_as_it_is(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
+) -> None:
+    stack = replace(cluster, storage=Storage(bucket="my-thesis-data"))
+    with pytest.raises(Refused, match="gs://my-thesis-data does not exist; make it"):
+        gcp.up(stack, yes=True)
+    assert project.changes() == []
+    mine = {"name": "my-thesis-data", "versioning_enabled": False}
+    project.set(things={"storage buckets gs://my-thesis-data": mine})
+    gcp.up(stack, yes=True)
+    assert gcp.down(stack, yes=True, delete_data=True) == []
+    assert project.state["things"] == {"storage buckets gs://my-thesis-data": mine}
+    left = [each for each in project.state["bindings"] if not each[0].startswith("iam")]
+    assert left == []  # the stack's rights on what is not its own are taken back
+    assert not [words for words in project.told if words[:2] == ["storage", "rm"]]
+
+
+def test_what_a_launcher_needs_is_asked_for_before_anything_is_made(
+    project: Project, cluster: Stack, machine: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.set(complaints={"application-default": "ERROR: Your default credentials were not found."})
+    monkeypatch.setattr(gcp, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match="gcloud auth application-default login") as refused:
+        gcp.up(cluster, yes=True)
+    assert "pip install 'gdl_ray[gcp]'" in str(refused.value)
+    assert project.changes() == []
+    assert gcp.plan(machine).problems == []  # which Ray's launcher does not make
+
+
+def test_gpus_that_the_stack_has_already_are_not_missing(
+    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
+) -> None:
+    labels = {"gdl-ray-stack": "demo", "ray-node-type": "worker"}
+    mine = [instance(f"w{i}", ZONES[0], labels, "g2-standard-8") for i in range(4)]
+    spot = [each | {"scheduling": {"provisioningModel": "SPOT"}} for each in mine]
+    project.set(
+        instances=spot,
+        quotas=[GPUS, SPOT | {"limit": 4, "usage": 4}],
+        project_quotas=[ALL | {"limit": 6, "usage": 4}],
+    )
+    assert gcp.plan(cluster).problems == []
+    project.set(instances=[each | {"status": "TERMINATED"} for each in spot])  # others use those that count
+    assert len(gcp.plan(cluster).problems) == 2
+
+
+def test_a_job_on_one_machine_must_find_room_there(project: Project, machine: Stack) -> None:
+    assert gcp.plan(machine, Job.parse("workers=2,cpu=4")).fits == {
+        "workers=2,cpu=4,gpu=0": "fits: launches nothing"
+    }
+    plan = gcp.plan(machine, Job.parse("workers=2,cpu=1,gpu=1"))
+    assert any("the one machine, g2-standard-8, has 8 CPU, 1 GPU" in problem for problem in plan.problems)
+    old = replace(machine, head=Head(type="n1-standard-8"))
+    assert gcp.plan(old, Job.parse("gpu=1")).problems == []  # one is attached
+
+
+def test_a_project_that_may_not_be_seen_is_not_an_empty_one(project: Project, cluster: Stack) -> None:
+    project.set(complaints={"instances list": "ERROR: The resource 'projects/my-projetc' was not found"})
+    for verb in (gcp.status, gcp.plan):
+        with pytest.raises(Refused, match="my-projetc"):
+            verb(cluster)
+    with pytest.raises(Refused, match="my-projetc"):
+        gcp.down(cluster, yes=True)
+
+
+def test_ctrl_c_is_how_a_tunnel_ends(
+    project: Project, machine: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gcp.up(machine, yes=True)
+
+    def interrupted(command: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gcp, "subprocess", SimpleNamespace(run=interrupted))
+    assert gcp.tunnel(machine) == 0
 
 
 def test_a_machine_goes_where_there_is_room(project: Project, machine: Stack) -> None:
@@ -260,7 +280,7 @@ def test_a_gpu_is_attached_where_the_machine_brings_none(machine: Stack) -> None
     assert not [
         word for kind in ("g2-standard-8", "a2-highgpu-1g") for word in command(kind) if "accel" in word
     ]
-    assert {"--max-run-duration=43200s", "--instance-termination-action=DELETE"} <= set(
+    assert {"--termination-time=2030-01-01T00:00:00Z", "--instance-termination-action=DELETE"} <= set(
         command("n1-standard-8")
     )
 
@@ -271,35 +291,6 @@ def test_the_machine_starts_the_platform_and_installs_it_once(machine: Stack) ->
     assert "DIGEST='d1gest'" in script
     subprocess.run(["bash", "-n", "-c", script], check=True)
     assert "@" not in re.sub(r'"\$\{\w+\[@\]\}"', "", script)
-
-
-def test_down_leaves_data_alone_and_says_what_is_left(
-    project: Project, cluster: Stack, rays: list[tuple[str, ...]]
-) -> None:
-    gcp.up(cluster, yes=True)
-    labels = {"gdl-ray-stack": "demo", "ray-node-type": "head"}
-    mine = [instance("head", "us-central1-a", labels, "e2-standard-4")]
-    mine += [
-        instance("w", "us-central1-a", labels | {"ray-node-type": "worker"}, "g2-standard-8", "TERMINATED")
-    ]
-    other = instance("other", "us-central1-a", {"gdl-ray-stack": "other"}, "e2-standard-4")
-    project.set(instances=[*mine, other])
-    assert gcp.down(cluster, yes=True) == []
-    assert rays[-1][0] == "down"
-    assert project.state["instances"] == [other]
-    assert list(project.state["things"]) == ["storage buckets gs://gdl-ray-my-project-demo"]
-    assert [binding for binding in project.state["bindings"] if binding[0].startswith("projects")] == []
-    assert gcp.down(cluster, yes=True) == []  # again, and nothing is wrong
-    assert gcp.down(cluster, yes=True, delete_data=True) == []
-    assert project.state["things"] == {}
-
-
-def test_what_cannot_be_deleted_is_named(project: Project, machine: Stack) -> None:
-    gcp.up(machine, yes=True, foundation_only=True)
-    things = project.state["things"]
-    project.set(complaints={"networks delete": "ERROR: network was not found"})  # it says so, and it is there
-    assert gcp.down(machine, yes=True) == ["network gdl-ray-demo"]
-    assert "compute networks gdl-ray-demo" in things
 
 
 def test_status_tells_age_end_drift_and_orphans(
@@ -323,20 +314,12 @@ def test_status_tells_age_end_drift_and_orphans(
     assert status.nodes[0].age_h > 24
 
 
-def test_gc_finds_what_is_past_its_time_in_any_stack(project: Project) -> None:
-    old = {"gdl-ray-stack": "a", "gdl-ray-expires-at": "2020-01-01t00_00_00z"}
-    new = {"gdl-ray-stack": "b", "gdl-ray-expires-at": "2090-01-01t00_00_00z"}
-    project.set(
-        instances=[
-            instance("old", "us-central1-a", old, "e2-standard-4"),
-            instance("far", "europe-west4-a", old, "e2-standard-4"),
-            instance("new", "us-central1-a", new, "e2-standard-4"),
-        ]
-    )
-    assert gcp.gc(yes=False) == ["old in us-central1-a, running", "far in europe-west4-a, running"]
-    assert project.changes() == []
-    assert gcp.gc(regions=("us-central1",), yes=True) == []
-    assert [each["name"] for each in project.state["instances"]] == ["far", "new"]
+def test_a_number_is_not_an_answer() -> None:
+    said = GcloudError("ERROR: Permission denied on projects/404409 (request 140914041)")
+    assert not said.is_absent
+    assert not said.is_there
+    taken = "ERROR: HTTPError 409: The requested bucket name is not available."
+    assert not GcloudError(taken).is_there  # it is another's
 
 
 @pytest.mark.parametrize(
@@ -385,9 +368,16 @@ def commands(
 ) -> list[list[str]]:
     """Each kind of command line that the verbs have given."""
     gcp.up(cluster, yes=True)
+    head = {"gdl-ray-stack": "demo", "ray-node-type": "head"}
+    zone = f"projects/my-project/zones/{ZONES[0]}"
+    project.set(
+        instances=[instance("head", ZONES[0], head, "e2-standard-4")],
+        disks=[{"name": "d", "zone": zone, "labels": head}],
+    )
+    gcp.up(cluster, yes=True)
     gcp.down(cluster, yes=True, delete_data=True)
     gcp.up(machine, yes=True)
-    gcp.gc(expired=False, yes=True)
+    gcp.gc(expired=False, yes=True, project="my-project")
     gcp.up(replace(machine, head=Head(type="n1-standard-8")), yes=True)
     tunnel = gcp.tunnel_command(machine)[1:]
     kinds = {_kind(words): words for words in project.told}
@@ -422,4 +412,4 @@ def test_the_real_gcloud_takes_each_command_line(commands: list[list[str]], tmp_
     assert refused[0] == 2  # so the others are right, because they get further
     for words, (code, said) in zip(commands, answers, strict=True):
         assert code == 1, (words, said)
-        assert "active account" in said, (words, said)
+        assert re.search("active account|default credentials were not found", said), (words, said)

@@ -302,7 +302,18 @@ def pods_are_modest(documents: list[Document]) -> Iterator[str]:
                     yield f"{name} is not let onto nodes with GPUs"
 
 
+def images_are_taken_from_the_node(documents: list[Document]) -> Iterator[str]:
+    """Unless told otherwise, Kubernetes pulls images of no tag, or of `latest`, even where they are there."""
+    for document in documents:
+        for container in containers(document):
+            tag = container["image"].rpartition("/")[2].partition(":")[2] or "latest"
+            usual = "Always" if tag == "latest" else "IfNotPresent"
+            if container.get("imagePullPolicy", usual) == "Always":
+                yield f"{name_of(document)}: {container['image']} is always pulled"
+
+
 RULES: tuple[Rule, ...] = (
+    images_are_taken_from_the_node,
     kuberay_takes_it,
     kubernetes_takes_it,
     ray_starts,
@@ -382,6 +393,8 @@ FAULTS: list[tuple[str, str, str, Rule]] = [
     (JOB, "mountPath: /dev/shm", "mountPath: /shm", pods_are_modest),
     (JOB, "runAsNonRoot: true", "runAsNonRoot: false", pods_are_modest),
     (f"{PLATFORM}/redis.yaml", "allowPrivilegeEscalation: false", "privileged: true", pods_are_modest),
+    ("overlays/cpu/platform/kustomization.yaml", "newTag: 0.1.0", "newTag: latest",
+     images_are_taken_from_the_node),
 ]  # fmt: skip
 
 
@@ -418,6 +431,15 @@ def test_a_patch_that_changes_nothing_fails(tmp_path: Path) -> None:
     patch.write_text(patch.read_text().replace("/spec/entrypoint", "/spec/entrypoints"))
     with pytest.raises(AssertionError, match="replaces nothing"):
         render(folder / "overlays" / "gpu" / "training")
+
+
+def test_readers_load_the_images_that_pods_ask_for() -> None:
+    documents = [each for overlay in OVERLAYS[:2] for each in rendered(overlay)]
+    asked = {container["image"] for document in documents for container in containers(document)}
+    readme = (FOLDER / "README.md").read_text()
+    (loaded,) = re.findall(r"kind load docker-image ([^`]*)`", readme)
+    assert set(loaded.split()) == {each for each in asked if each.startswith("gdl_ray")}
+    assert set(re.findall(r"docker build \S+ \S+ -t (\S+)", readme)) == set(loaded.split())
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on this machine")

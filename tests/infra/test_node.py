@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from infra import node
+from jobs.cluster import node_types
 
 
 @pytest.fixture
@@ -46,12 +47,14 @@ def test_mlflow_does_not_ask_itself(home: Path) -> None:
 def test_jobs_on_the_head_learn_which_nodes_may_come(
     home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Also from a file that `ray up` has changed since the head was started."""
     config = tmp_path / "config"
-    types = {
-        "head": {"resources": {"CPU": 0}, "max_workers": 0},
-        "l4": {"resources": {"CPU": 8}, "max_workers": 2},
-    }
-    config.write_text(json.dumps({"head_node_type": "head", "available_node_types": types}))
     monkeypatch.setattr(node, "CONFIG", config)
     env = node.environment("head", GIVEN, home)
-    assert json.loads(env["GDL_RAY_NODE_TYPES"]) == {"l4": {"resources": {"CPU": 8}, "max": 2}}
+    monkeypatch.setenv("GDL_RAY_CLUSTER_FILE", env["GDL_RAY_CLUSTER_FILE"])
+    assert node_types() == {}
+    head = {"resources": {"CPU": 0}, "max_workers": 0}
+    for most in (2, 5):
+        types = {"head": head, "l4": {"resources": {"CPU": 8}, "max_workers": most}}
+        config.write_text(json.dumps({"head_node_type": "head", "available_node_types": types}))
+        assert node_types() == {"l4": {"resources": {"CPU": 8}, "max": most}}

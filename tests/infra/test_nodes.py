@@ -1,5 +1,6 @@
 """The scripts that nodes run, in a real bash, with commands on the path that only write down what is said."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -179,18 +180,41 @@ def test_code_is_installed_once_for_each_version_of_it(role: str, machine: Shell
     python.write_text(RECORDER)
     python.chmod(0o755)
     (here / "code").mkdir()
-    (here / "code" / "gdl_ray-0.1.0-py3-none-any.whl").touch()
+    digests = {}
+    for version in ("0.1.0", "0.2.0"):  # as they lie there after an update: rsync deletes nothing
+        wheel = here / "code" / f"gdl_ray-{version}-py3-none-any.whl"
+        wheel.write_text(version)
+        digests[version] = hashlib.sha256(version.encode()).hexdigest()[:12]
     script = (SCRIPTS / "install.sh").read_text()
-    machine.run(script, role, "platform", "digest1")
+    machine.run(script, role, "platform", digests["0.1.0"])
     installs = [call for call in machine.calls if call.startswith("python -m pip install")]
     assert all(f"--constraint {here}/code/constraints.txt" in call for call in installs)
     assert ("https://download.pytorch.org/whl/cpu" in installs[0]) == (role == "head")
+    assert ("--no-deps" in installs[0]) == (role == "head")  # that index has not all that PyTorch needs
     assert any("gdl_ray-0.1.0-py3-none-any.whl[platform]" in call for call in installs)
-    machine.run(script, role, "platform", "digest1")
+    machine.run(script, role, "platform", digests["0.1.0"])
     again = [call for call in machine.calls if call.startswith("python -m pip install")]
     assert again == installs
-    machine.run(script, role, "platform", "digest2")
-    assert len([call for call in machine.calls if call.startswith("python")]) == 2 * len(installs)
+    machine.run(script, role, "platform", digests["0.2.0"])
+    installed = [call for call in machine.calls if call.startswith("python -m pip install")]
+    assert installed == installs + [call.replace("0.1.0", "0.2.0") for call in installs]
+    with pytest.raises(subprocess.CalledProcessError):
+        machine.run(script, role, "platform", "another")
+
+
+def test_an_environment_without_pip_is_made_anew(machine: Shell) -> None:
+    """Ubuntu's Python without its venv package leaves one that has a Python, and no pip."""
+    python = machine.home / "gdl_ray" / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    stub = machine.record.parent / "bin" / "python3"
+    assert stub.parent.is_dir()
+    stub.write_text(RECORDER)
+    stub.chmod(0o755)
+    with pytest.raises(subprocess.CalledProcessError):  # the stub makes none
+        machine.run((SCRIPTS / "install.sh").read_text(), "worker", "platform", "digest")
+    assert f"python3 -m venv --clear {python.parents[1]}" in machine.calls
 
 
 def test_labels_of_google_have_no_other_letters() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from infra.plan import Job, Node, NodePlan, Plan, Status
+from infra.plan import Job, Node, NodePlan, Plan, Refused, Status, confirm
 
 
 def test_a_job_is_read_as_its_bundles() -> None:
@@ -39,3 +39,25 @@ def test_a_status_shows_what_costs_money_and_what_is_left_behind() -> None:
     assert lines[1].split() == ["head", "m7i.xlarge", "a", "running", "2.0", "0.40"]
     assert lines[-1] == "orphan  volume v1"
     assert Status(nodes=[], usd_so_far=0, expires_at="").lines() == ["no nodes"]
+
+
+def test_who_has_agreed_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("builtins.input")
+    confirm("Do it?", yes=True)
+
+
+def test_where_nobody_is_there_it_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False)
+    with pytest.raises(Refused, match="--yes"):
+        confirm("Do it?", yes=False)
+
+
+@pytest.mark.parametrize(("answer", "agreed"), [("y", True), (" YES ", True), ("", False), ("no", False)])
+def test_only_yes_is_a_yes(answer: str, agreed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    if agreed:
+        confirm("Do it?", yes=False)
+    else:
+        with pytest.raises(Refused, match="nothing was done"):
+            confirm("Do it?", yes=False)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
+from infra.gcp_foundation import account_of
+from infra.local import PROJECT
 from infra.stack import Stack, StackError, Workers, load
 
 EXAMPLE = Path(__file__).parents[2] / "infra" / "stack.example.yaml"
@@ -92,6 +94,18 @@ def test_what_is_wrong_is_named_with_its_cure(path: str, value: Any, message: st
     (line,) = str(refused.value).splitlines()
     assert line.startswith(f"{file}: ")
     assert message in line
+
+
+def test_googles_accounts_bear_the_name_and_have_30_letters_at_most(tmp_path: Path) -> None:
+    example = (PROJECT / "infra" / "examples" / "gcp.stack.yaml").read_text()
+    file = tmp_path / "stack.yaml"
+    for length, accepted in ((19, True), (20, False)):
+        file.write_text(example.replace("stack: demo", f"stack: {'n' * length}"))
+        if accepted:
+            assert len(account_of(load(file), "worker").partition("@")[0]) == 30
+        else:
+            with pytest.raises(StackError, match="must have 19 characters at most"):
+                load(file)
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ ASKED: list[tuple[str, tuple[Any, ...]]] = [
     ("up --yes --restart", ("up", "demo", True, False, True)),
     ("tunnel", ("tunnel", "demo")),
     ("down -y --delete-data", ("down", "demo", True, True)),
-    ("gc --regions us-west-2 eu-west-1 --expired -y", ("gc", ("us-west-2", "eu-west-1"), True, True)),
+    ("gc --regions us-west-2 eu-west-1 -y", ("gc", ("us-west-2", "eu-west-1"), True, True)),
+    ("gc --all", ("gc", (), False, False)),
 ]
 
 
@@ -106,6 +107,31 @@ def test_what_is_left_behind_is_named_and_exit_code_4(
     assert "volume vol-1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("options", "stays"), [([], True), (["--delete-data"], False)])
+def test_down_says_whether_the_data_stay(
+    options: list[str], stays: bool, cloud: FakeCloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["down", "-f", EXAMPLE, "-y", *options]) == 0
+    assert ("the bucket with its data stays (--delete-data" in capsys.readouterr().out) == stays
+
+
+def test_ctrl_c_names_the_stack_that_was_begun(
+    cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`down` alone would end the platform on this machine, which was not meant."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cloud, "up", interrupt)
+    assert main(["up", "-f", EXAMPLE, "-y"]) == 130
+    said = capsys.readouterr().err
+    assert f"`python -m infra up -f {EXAMPLE}` goes on" in said
+    assert f"`down -f {EXAMPLE}`" in said
+    monkeypatch.setattr(cloud, "tunnel", interrupt)
+    assert main(["tunnel", "-f", EXAMPLE]) == 0  # which is how it ends
+
+
 def test_json_is_all_there_is_on_the_standard_output(
     cloud: FakeCloud, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +161,7 @@ USAGE = [
     ("plan --job workers=x -f x", "write a job as workers=4,gpu=1,cpu=3"),
     ("tunnel", "tunnel is for a cluster in a cloud: name its stack file by -f"),
     ("render", "render is for a cluster in a cloud"),
+    ("render -f LOCAL", "render is for a cluster in a cloud, and LOCAL says cloud: local"),
     ("down --delete-data", "--delete-data is for a cluster in a cloud"),
     ("up --restart", "--restart is for a cluster in a cloud"),
     ("plan --job workers=2", "--job is for a cluster in a cloud"),
@@ -144,12 +171,14 @@ USAGE = [
 
 @pytest.mark.parametrize(("line", "message"), USAGE)
 def test_what_cannot_be_asked_is_exit_code_2(
-    line: str, message: str, capsys: pytest.CaptureFixture[str]
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    file = tmp_path / "local.yaml"
+    file.write_text("{stack: here, cloud: local}")
     with pytest.raises(SystemExit) as ended:
-        main(line.split())
+        main(line.replace("LOCAL", str(file)).split())
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message.replace("LOCAL", str(file)) in capsys.readouterr().err
 
 
 def test_render_shows_an_ordinary_file_without_any_cloud(capsys: pytest.CaptureFixture[str]) -> None:

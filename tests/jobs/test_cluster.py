@@ -1,6 +1,7 @@
 """Waiting for room on a cluster, on one that says how much is free."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,16 +51,19 @@ def test_waiting_ends_with_what_is_missing(free: list[dict[str, float]]) -> None
 
 
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
     """The nodes of a cluster that is there, and that may launch three with four CPUs and a GPU each."""
     up: list[dict[str, Any]] = [{"Alive": True, "Resources": {"memory": 1.0}, "Labels": {}}]
     monkeypatch.setattr(ray, "nodes", lambda: up)
     monkeypatch.setattr(ray, "init", lambda **_: None)
     types = {
-        "spot": {"resources": {"CPU": 4, "GPU": 1}, "max": 2},
-        "other": {"resources": {"CPU": 4, "GPU": 1}, "max": 1},
+        "head": {"resources": {"CPU": 0}, "max_workers": 0},
+        "spot": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 2},
+        "other": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 1},
     }
-    monkeypatch.setenv("GDL_RAY_NODE_TYPES", json.dumps(types))
+    file = tmp_path / "cluster"
+    file.write_text(json.dumps({"head_node_type": "head", "available_node_types": types}))
+    monkeypatch.setenv("GDL_RAY_CLUSTER_FILE", str(file))
     return up
 
 
@@ -74,7 +78,9 @@ def test_what_nodes_to_come_will_hold_is_not_refused(asked: str, nodes: list[dic
     connect(parse(["vae", *asked.split()]))
 
 
-@pytest.mark.parametrize("asked", ["--workers 13", "--workers 4 --gpu", "--workers 1 --cpus 5"])
+@pytest.mark.parametrize(
+    "asked", ["--workers 13", "--workers 4 --gpu", "--workers 1 --cpus 5", "--workers 13 --timeout 1min"]
+)
 @pytest.mark.parametrize("up", [[], [spot()], [spot(), spot()]], ids=len)
 def test_what_never_fits_is_refused_before_anything_is_launched(
     asked: str, up: list[dict[str, Any]], nodes: list[dict[str, Any]]
@@ -89,8 +95,9 @@ def test_what_never_fits_is_refused_before_anything_is_launched(
 def test_a_cluster_that_launches_nothing_holds_what_it_has(
     nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("GDL_RAY_NODE_TYPES")
+    monkeypatch.delenv("GDL_RAY_CLUSTER_FILE")
     nodes += [spot()]
     connect(parse(["vae", "--workers", "4"]))
     with pytest.raises(UsageError, match=r"room for 4 of 5 in the whole cluster"):
         connect(parse(["vae", "--workers", "5"]))
+    connect(parse(["vae", "--workers", "5", "--timeout", "1min"]))  # others may add nodes
