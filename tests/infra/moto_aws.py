@@ -23,6 +23,7 @@ import yaml
 from moto import mock_aws
 from moto.backends import get_backend
 from moto.core import responses
+from moto.core.utils import method_names_from_class
 from moto.kms import models as kms_models
 from moto.kms.utils import generate_private_key
 from moto.s3.models import s3_backends
@@ -226,7 +227,7 @@ def _client_of(service: str, region: str, endpoint: str | None) -> Any:
 
 
 _private_key = cache(generate_private_key)
-_method_names = cache(responses.method_names_from_class)  # which moto looks up anew at each call
+_method_names = cache(method_names_from_class)  # which moto looks up anew at each call
 
 
 def set_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
