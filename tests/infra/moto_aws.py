@@ -22,6 +22,8 @@ import pytest
 import yaml
 from moto import mock_aws
 from moto.backends import get_backend
+from moto.core import responses
+from moto.core.utils import method_names_from_class
 from moto.kms import models as kms_models
 from moto.kms.utils import generate_private_key
 from moto.s3.models import s3_backends
@@ -181,6 +183,7 @@ def fake_aws(home: Path) -> Iterator[FakeAws]:
         patch.setattr(_Hooks, "fake", fake)
         patch.setattr(Cloud, "client", lambda cloud, name, region=None: _client(name, region or cloud.region))
         patch.setattr(kms_models, "generate_private_key", _private_key)
+        patch.setattr(responses, "method_names_from_class", _method_names)
         patch.setattr(aws, "caller_cidr", lambda: ADDRESS)
         patch.setattr(aws_teardown, "PAUSE_S", 0)
         patch.setattr(aws_launch, "ray", lambda *arguments: launcher(fake, *arguments))
@@ -191,7 +194,7 @@ def fake_aws(home: Path) -> Iterator[FakeAws]:
             yield fake
 
 
-# What takes longer than a call to moto is made once: session, clients, the key for disks.
+# What takes longer than a call to moto is made once: session, clients, the key for disks, names of calls.
 class _Hooks:
     """Hands what happens in the one session to the AWS of the test that runs."""
 
@@ -224,6 +227,7 @@ def _client_of(service: str, region: str, endpoint: str | None) -> Any:
 
 
 _private_key = cache(generate_private_key)
+_method_names = cache(method_names_from_class)  # which moto looks up anew at each call
 
 
 def set_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
@@ -248,7 +252,7 @@ def set_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
 def launcher(fake: FakeAws, *arguments: str) -> tuple[int, str]:
     """Do what `ray up` and `ray down` do to a head, without a node; test_aws_launch.py runs the real ones."""
     fake.ray.append(arguments)
-    rendered = yaml.safe_load(Path(arguments[-1]).read_text())
+    rendered = yaml.load(Path(arguments[-1]).read_text(), yaml.CSafeLoader)
     name = rendered["cluster_name"]
     ec2 = _client("ec2", REGION)
     ours = [
