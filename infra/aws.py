@@ -279,13 +279,16 @@ def down(stack: Stack, *, yes: bool, delete_data: bool = False) -> list[str]:
     return left
 
 
-def gc(*, regions: Sequence[str] = (), expired: bool = True, yes: bool = False) -> list[str]:
+def gc(
+    *, regions: Sequence[str] = (), expired: bool = True, yes: bool = False, project: str = ""
+) -> list[str]:
     """Find what stacks have left behind, and end it after asking; where nobody is to be asked, only find it.
 
     Args:
         regions: Where to look; all regions of the account when empty.
         expired: Only stacks whose time is over, and remains of a `down` that was cut short.
         yes: End it without asking.
+        project: Of Google Cloud; AWS has none.
 
     Returns:
         What is left, a line for each.

@@ -39,8 +39,8 @@ class Cloud(Protocol):
     def down(self, stack: Stack, *, yes: bool, delete_data: bool = False) -> list[str]:
         """End it all; returns what is left."""
 
-    def gc(self, *, regions: tuple[str, ...], expired: bool, yes: bool) -> list[str]:
-        """End what stacks have left behind, after asking; returns what is left."""
+    def gc(self, *, regions: tuple[str, ...], expired: bool, yes: bool, project: str = "") -> list[str]:
+        """End what stacks have left behind, in a project of Google's, after asking; returns what is left."""
 
 
 def cloud_of(name: str) -> Cloud:
@@ -108,7 +108,10 @@ def _down(asked: argparse.Namespace, stack: Stack) -> Answer:
 
 
 def _gc(asked: argparse.Namespace, stack: Stack) -> Answer:
-    return _left(cloud_of(stack.cloud).gc(regions=tuple(asked.regions), expired=not asked.all, yes=asked.yes))
+    gc = cloud_of(stack.cloud).gc
+    return _left(
+        gc(regions=tuple(asked.regions), expired=not asked.all, yes=asked.yes, project=stack.project)
+    )
 
 
 def _left(leftovers: list[str]) -> Answer:

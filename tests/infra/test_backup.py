@@ -237,9 +237,7 @@ def test_the_commands_say_what_they_did(
     assert "monday holds 4 files, " in output
     assert "monday is restored: 4 files, " in output
     assert [line.partition(":")[0] for line in errors.splitlines()] == ["error", "error"]
-    with pytest.raises(SystemExit) as caught:
-        command.main(["restore", "monday", "--database", "mysql://a/b"])
-    assert caught.value.code == 2
+    assert command.main(["restore", "monday", "--database", "mysql://a/b"]) == 2
 
 
 def test_a_registry_of_an_older_mlflow_is_upgraded_by_the_documented_command(tmp_path: Path) -> None:

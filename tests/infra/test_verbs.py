@@ -53,7 +53,7 @@ class FakeCloud:
         self.asked.append(("down", stack.stack, yes, delete_data))
         return self.left
 
-    def gc(self, *, regions: tuple[str, ...], expired: bool, yes: bool) -> list[str]:
+    def gc(self, *, regions: tuple[str, ...], expired: bool, yes: bool, project: str = "") -> list[str]:
         self.asked.append(("gc", regions, expired, yes))
         return self.left
 
