@@ -28,10 +28,12 @@ check: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Three files at a time, also on two cores, because tests of clusters mostly wait for processes. In the order of the
-# folders: the usual one, files with most tests first, leaves the clusters to the end.
+# Three files at a time, also on two cores, because tests mostly wait for processes; then the slow ones, which start
+# clusters, two at a time. In the order of the folders: the usual one leaves what is long to the end.
+PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder --durations=10
 test: $(STAMP) ## all tests
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=10
+	$(PYTEST) -n 3 -m "not slow"
+	$(PYTEST) -n 2 -m slow
 
 # PyTorch first and by pip: with `pip.conf` or PIP_INDEX_URL you choose the build for your machine (CPU or CUDA), and
 # the second step keeps it. The rest is ten times faster with uv, which does not read `pip.conf`: behind a package

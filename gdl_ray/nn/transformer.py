@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from gdl_ray.nn.dropout import dropout
 from gdl_ray.nn.recompute import Block
 
-_PIECE = 32  # positions; attention over whole pieces has the same bits however many empty ones follow
+# Positions; attention over whole pieces has the same bits however many empty ones follow. Kernels add up long
+# sequences in parts, which only pieces as long as those keep apart on every CPU that was tried.
+_PIECE, _LONG_PIECE, _LONG = 32, 256, 256
 
 
 class CausalTransformer(nn.Module):
@@ -53,7 +55,7 @@ class CausalTransformer(nn.Module):
     def empty_cache(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Make the cache of sequences of at least `length` positions: zeros, the batch dimension first."""
         # A head's keys lie one behind the other, the order in which attention reads them.
-        whole = -(-length // _PIECE) * _PIECE
+        whole = _whole(length, length)
         shape = (len(self.blocks), 2, self.heads, whole, self.width // self.heads)
         return torch.zeros(batch, *shape, device=device)
 
@@ -70,12 +72,18 @@ class CausalTransformer(nn.Module):
         """
         length = cache.shape[4]
         if index.device.type == "cpu":  # where it pays not to read what is empty, and asking needs no wait
-            length = min(length, -(-(int(index.max()) + 1) // _PIECE) * _PIECE)
+            length = min(length, _whole(int(index.max()) + 1, length))
         seen = (torch.arange(length, device=index.device) <= index[:, None])[:, None, None]
         for i, block in enumerate(self.blocks):
             h = cast(_Block, block).step(h, cache[:, i], index, seen)
         normed: Tensor = self.norm(h)
         return normed
+
+
+def _whole(count: int, length: int) -> int:
+    """Round a count of positions up to whole pieces, of a sequence of so many."""
+    piece = _PIECE if length <= _LONG else _LONG_PIECE
+    return -(-count // piece) * piece
 
 
 class _Block(Block):
