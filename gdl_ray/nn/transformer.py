@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from gdl_ray.nn.dropout import dropout
 from gdl_ray.nn.recompute import Block
 
-# Positions; attention over whole pieces has the same bits however many empty ones follow. Kernels add up long
-# sequences in parts, which only pieces as long as those keep apart on every CPU that was tried.
-_PIECE, _LONG_PIECE, _LONG = 32, 256, 256
+# Positions. Attention over whole pieces has the same bits however many empty ones follow; but not in long
+# sequences, which kernels add up in parts of lengths of their own: those are always read whole.
+_PIECE, _LONG = 32, 256
 
 
 class CausalTransformer(nn.Module):
@@ -55,7 +55,7 @@ class CausalTransformer(nn.Module):
     def empty_cache(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Make the cache of sequences of at least `length` positions: zeros, the batch dimension first."""
         # A head's keys lie one behind the other, the order in which attention reads them.
-        whole = _whole(length, length)
+        whole = -(-length // _PIECE) * _PIECE
         shape = (len(self.blocks), 2, self.heads, whole, self.width // self.heads)
         return torch.zeros(batch, *shape, device=device)
 
@@ -72,7 +72,7 @@ class CausalTransformer(nn.Module):
         """
         length = cache.shape[4]
         if index.device.type == "cpu":  # where it pays not to read what is empty, and asking needs no wait
-            length = min(length, _whole(int(index.max()) + 1, length))
+            length = _whole(int(index.max()) + 1, length)
         seen = (torch.arange(length, device=index.device) <= index[:, None])[:, None, None]
         for i, block in enumerate(self.blocks):
             h = cast(_Block, block).step(h, cache[:, i], index, seen)
@@ -81,9 +81,8 @@ class CausalTransformer(nn.Module):
 
 
 def _whole(count: int, length: int) -> int:
-    """Round a count of positions up to whole pieces, of a sequence of so many."""
-    piece = _PIECE if length <= _LONG else _LONG_PIECE
-    return -(-count // piece) * piece
+    """Tell how many positions are read for the first so many, in a sequence of a length in whole pieces."""
+    return -(-count // _PIECE) * _PIECE if length <= _LONG else length
 
 
 class _Block(Block):

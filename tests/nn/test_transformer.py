@@ -38,7 +38,7 @@ def test_steps_equal_the_whole_pass_with_each_sequence_at_its_own_position() -> 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("length", [70, 200, 400, 512, 784, 1200])
+@pytest.mark.parametrize("length", [70, 200, 256, 400, 784])
 def test_a_step_has_the_same_bits_however_far_its_neighbours_are(length: int) -> None:
     model = transformer_of(width=32, depth=2)
     filled = normal(
