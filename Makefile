@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up status down check test
+.PHONY: help demo up status down check test test-long
 
 help: ## list the commands
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1	/p' Makefile | expand -t 16
 
 demo: $(STAMP) ## start the platform, train a model, serve it and sample it
 	@$(BIN)/python -m infra.demo
@@ -31,9 +31,12 @@ check: $(STAMP) ## lint, formatting, types
 # Three files at a time, also on two cores, because tests mostly wait for processes; then the slow ones, which start
 # clusters, two at a time. In the order of the folders: the usual one leaves what is long to the end.
 PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder --durations=10
-test: $(STAMP) ## all tests
-	$(PYTEST) -n 3 -m "not slow"
-	$(PYTEST) -n 2 -m slow
+test: $(STAMP) ## all tests but the long ones
+	$(PYTEST) -n 3 -m "not slow and not long"
+	$(PYTEST) -n 2 -m "slow and not long"
+
+test-long: $(STAMP) ## comparisons, AWS's launcher, Postgres and backups, the autoscaler: minutes each
+	$(PYTEST) -m long
 
 # PyTorch first and by pip: with `pip.conf` or PIP_INDEX_URL you choose the build for your machine (CPU or CUDA), and
 # the second step keeps it. The rest is ten times faster with uv, which does not read `pip.conf`: behind a package

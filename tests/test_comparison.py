@@ -12,7 +12,7 @@ from gdl_ray.evaluate.metrics import METRICS, STANDARD_ERROR
 from infra.local import Platform
 from tests.conftest import start
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 COMMAND = ["--families", "flow", "gan", "--steps", "60", "--name", "two"]
 COMMAND += ["--report-every", "20", "--checkpoint-every", "20", "--usd-per-hour", "3.6"]
 

@@ -28,7 +28,7 @@ from infra.settings import Settings
 from tests.conftest import ROOT
 from tests.postgres import postgres_server
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 MODEL = "digits-vae"
 TRAIN = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--"]
 TRAIN += ["python", "-m", "jobs.train", "vae", "--workers", "1", "--steps", "40"]

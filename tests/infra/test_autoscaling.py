@@ -88,7 +88,7 @@ def cluster() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_gets_nodes_from_none_spot_first_and_they_end_after_it(cluster: dict[str, str]) -> None:
     job = subprocess.run(
         [sys.executable, "-m", "tests.infra.waits_for_nodes"],

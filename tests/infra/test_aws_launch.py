@@ -85,7 +85,7 @@ def test_what_ray_up_calls_is_asked_for_before(tmp_path: Path, monkeypatch: pyte
     assert missing == ["rsync", "session-manager-plugin"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_up_launches_and_updates_and_down_leaves_nothing(commands: Path) -> None:
     aws.up(STACK, yes=True)
     first = said(commands)
