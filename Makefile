@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 .PHONY: help demo up status down check test test-long
 
 help: ## list the commands
-	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1	/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1	/p' Makefile | expand -t 20
 
 demo: $(STAMP) ## start the platform, train a model, serve it and sample it
 	@$(BIN)/python -m infra.demo
