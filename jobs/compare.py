@@ -44,6 +44,7 @@ from jobs.models import open_model
 from jobs.options import Options, UsageError
 from jobs.report import Entry, markdown, page, picks, text
 from jobs.sweep import Run, room, sweep
+from jobs.tasks import Tasks
 
 PARENT_FILE = "comparison.json"
 """In the store of runs: which MLflow run is the parent."""
@@ -102,13 +103,8 @@ def parse(arguments: Sequence[str]) -> Comparison:
     ]
     options = [training.parse(run.arguments) for run in runs]
     checked = [training.check(each) for each in options]
-    work = Work(
-        quality=given.quality,
-        usd_per_hour=given.usd_per_hour,
-        gpu=given.gpu,
-        timeout=options[0].timeout,
-        job="jobs.compare",
-    )
+    tasks = Tasks(job="jobs.compare", gpu=given.gpu, timeout=options[0].timeout)
+    work = Work(quality=given.quality, usd_per_hour=given.usd_per_hour, tasks=tasks)
     budget = f"{given.flops:g} FLOPs" if given.flops else _budget(options[0])
     return Comparison(name=name, budget=budget, runs=runs, options=options, dataset=checked[0][1], work=work)
 
@@ -177,7 +173,9 @@ def run(comparison: Comparison) -> int:
         EvaluationError: nothing could be measured.
         TimeoutExpired: there was no room in time.
     """
-    found = found_or_fitted(comparison.dataset, comparison.work)  # first: it is no child of the comparison
+    found = found_or_fitted(
+        comparison.dataset, comparison.work.tasks
+    )  # first: it is no child of the comparison
     parent, address = _parent(comparison)
     count = len(comparison.runs)
     print(
@@ -285,7 +283,7 @@ def evaluated(name: str, version: int, work: Work, found: tuple[Classifier, str]
     """Measure a version, unless it was before, by the same protocol."""
     subject = prepare(name, version, work, found)
     if record := registry.read_evaluation(name, version, subject.protocol.digest):
-        print(f"{work.job}: {name}@{version} was measured before", flush=True)
+        print(f"{work.tasks.job}: {name}@{version} was measured before", flush=True)
         return Evaluation(**record)
     return evaluate(name, version, subject, work)
 

@@ -37,14 +37,13 @@ from gdl_ray.home import home
 from gdl_ray.images import png_grid
 from gdl_ray.train.validation import SCORE
 from jobs.classifier import found_or_fitted
-from jobs.cluster import TimeoutExpired, connect, places, wait_for_room, whole_nodes
+from jobs.cluster import TimeoutExpired, connect, wait_for_room
 from jobs.models import open_model, resolve
 from jobs.options import UsageError, seconds
 from jobs.pieces import measure_piece
 from jobs.report import written
+from jobs.tasks import Tasks
 
-MAX_RETRIES = 3
-"""How often a piece is measured again whose worker has died."""
 SHOWN = 40
 """Samples that are pictured beside the training image that is nearest."""
 TELL_S = 5.0
@@ -67,29 +66,7 @@ class Work:
     """Bits/dim on the validation split: how soon training reached it is told; 0 for none."""
     usd_per_hour: float = 0.0
     """Price of a worker's device; 0 for none."""
-    workers: int = 0
-    """Most at a time; 0 for as many as there is room for."""
-    gpu: bool = False
-    timeout: str = ""
-    """As --timeout has it."""
-    job: str = "jobs.evaluate"
-
-    least_places = 1
-
-    @property
-    def asked(self) -> str:
-        """Options that ask for workers."""
-        return f"--workers {self.workers}" if self.workers else "workers"
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """What Ray has to give each worker."""
-        return {"CPU": 1, "GPU": 1} if self.gpu else {"CPU": 1}
-
-    @property
-    def timeout_s(self) -> float | None:
-        """Seconds to wait for the first worker; None where no limit is given."""
-        return seconds("timeout", self.timeout) if self.timeout else None
+    tasks: Tasks
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[str], Work]:
@@ -117,9 +94,10 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], Work]:
     for name in ("examples", "samples", "quality", "usd_per_hour", "workers"):
         if given[name] < 0:
             raise UsageError(f"--{name.replace('_', '-')} {given[name]} must not be negative")
-    work = Work(**given)
-    if work.timeout_s == 0:
-        raise UsageError(f"--timeout {work.timeout} must be above 0")
+    by = {name: given.pop(name) for name in ("workers", "gpu", "timeout")}
+    work = Work(**given, tasks=Tasks(job="jobs.evaluate", **by))
+    if by["timeout"]:
+        seconds("timeout", by["timeout"])
     return models, work
 
 
@@ -157,7 +135,7 @@ def prepare(name: str, version: int, work: Work, found: tuple[Classifier, str] |
     model = open_model(name, version)
     try:
         dataset = load(model.spec.name, home() / "data")
-        classifier, extractor = found or found_or_fitted(dataset, work)
+        classifier, extractor = found or found_or_fitted(dataset, work.tasks)
         protocol = protocol_of(model, dataset, extractor, work.examples, work.samples)
     except ValueError as error:
         raise UsageError(f"{name}@{version} cannot be measured: {error}") from error
@@ -175,8 +153,8 @@ def evaluate(name: str, version: int, subject: Subject, work: Work) -> Evaluatio
     protocol = subject.protocol
     run_id = registry.run_of(name, version).id
     known = training_metrics(run_id) | quality_metrics(run_id, work)  # now: later, what was measured waits
-    print(f"{work.job}: measuring {name}@{version} by protocol {protocol.digest}", flush=True)
-    wait_for_room(work)
+    print(f"{work.tasks.job}: measuring {name}@{version} by protocol {protocol.digest}", flush=True)
+    wait_for_room(work.tasks)
     found = gather(_found(name, version, subject, work))
     evaluation = Evaluation(
         model=name,
@@ -191,32 +169,22 @@ def evaluate(name: str, version: int, subject: Subject, work: Work) -> Evaluatio
 
 def _found(name: str, version: int, subject: Subject, work: Work) -> Iterator[Findings]:
     """Have all pieces measured, as many at a time as there is room for; what is timed, after the rest."""
-    remote = _remote(work)
+    remote = work.tasks.remote(measure_piece)
     shared = [ray.put(each) for each in (subject.classifier, subject.protocol)]
-    start = partial(remote.remote, name, version, "cuda" if work.gpu else "cpu", *shared)
+    start = partial(remote.remote, name, version, work.tasks.device, *shared)
     wanted = sorted(
         pieces(subject.model, subject.dataset, subject.protocol), key=lambda piece: piece.is_timed
     )
-    progress = _Progress(work.job, len(wanted))
+    progress = _Progress(work.tasks.job, len(wanted))
     found: dict[int, Findings] = {}
     pending: dict[Any, int] = {}
     for number, piece in enumerate(wanted):
-        while pending and (piece.is_timed or len(pending) >= _room(work)):
+        while pending and (piece.is_timed or len(pending) >= work.tasks.room()):
             _take(pending, found, progress)
         pending[start(piece)] = number
     while pending:
         _take(pending, found, progress)
     return (found[number] for number in range(len(wanted)))
-
-
-def _remote(work: Work) -> Any:
-    settings: Any = {
-        "num_cpus": 1,
-        "num_gpus": 1 if work.gpu else 0,
-        "max_calls": 0,  # Ray would end the process of each GPU task, and with it the model
-        "max_retries": MAX_RETRIES,
-    }
-    return ray.remote(**settings)(measure_piece)
 
 
 def _take(pending: dict[Any, int], found: dict[int, Findings], progress: "_Progress") -> None:
@@ -232,11 +200,6 @@ def _take(pending: dict[Any, int], found: dict[int, Findings], progress: "_Progr
         cause = error.cause if isinstance(error, RayTaskError) else error
         raise EvaluationError(f"a piece could not be measured: {cause!r}") from error
     progress.tell(len(found))
-
-
-def _room(work: Work) -> int:
-    """Count how many pieces may be under way: one for each worker, and one that it need not wait for."""
-    return work.workers or 2 * max(1, places(work.resources, whole_nodes()))
 
 
 def _pictures(subject: Subject, found: Findings) -> dict[str, bytes]:
@@ -308,7 +271,7 @@ def main(arguments: Sequence[str]) -> int:
         models, work = parse(arguments)
         tracking.check()
         versions = [resolve(model) for model in models]
-        connect(work)
+        connect(work.tasks)
         for name, version in versions:
             evaluation = evaluate(name, version, prepare(name, version, work), work)
             print(f"{shown(evaluation)}\n  {registry.page(name, version)}", flush=True)

@@ -26,15 +26,14 @@ from ray.exceptions import RayError, RayTaskError
 from gdl_ray import registry, tracking
 from gdl_ray.family import Family, Option
 from gdl_ray.train.store import Store, patiently
-from jobs.cluster import TimeoutExpired, connect, places, wait_for_room, whole_nodes
+from jobs.cluster import TimeoutExpired, connect, wait_for_room
 from jobs.models import open_model, resolve
 from jobs.options import UsageError, open_store, seconds
 from jobs.shards import BALANCED, REQUEST, Draw, SamplingError, Shard, draw_shard, shard_name
+from jobs.tasks import Tasks
 
 MAX_SHARDS = 100_000
 """Most shards of a draw; their names have five digits."""
-MAX_RETRIES = 3
-"""How often a shard is drawn again whose worker has died."""
 TELL_S = 1.0
 """Least seconds between two lines of progress."""
 MANIFEST = "manifest.json"
@@ -46,29 +45,7 @@ class Work:
 
     draw: Draw
     store: Store
-    workers: int
-    """Most workers at a time; 0 for as many as there is room for."""
-    gpu: bool
-    timeout: str
-    """As --timeout has it."""
-
-    job = "jobs.sample"
-    least_places = 1
-
-    @property
-    def asked(self) -> str:
-        """Options that ask for workers."""
-        return f"--workers {self.workers}" if self.workers else "workers"
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """What Ray has to give each worker."""
-        return {"CPU": 1, "GPU": 1} if self.gpu else {"CPU": 1}
-
-    @property
-    def timeout_s(self) -> float | None:
-        """Seconds to wait for the first worker; None where no limit is given."""
-        return seconds("timeout", self.timeout) if self.timeout else None
+    tasks: Tasks
 
 
 def parse(arguments: Sequence[str]) -> Work:
@@ -104,7 +81,8 @@ def parse(arguments: Sequence[str]) -> Work:
     )
     if draw.shards > MAX_SHARDS:
         raise UsageError(f"--shard {given.shard} makes {draw.shards:,} shards: make them larger")
-    return Work(draw=draw, store=store, workers=given.workers, gpu=given.gpu, timeout=given.timeout)
+    tasks = Tasks(job="jobs.sample", workers=given.workers, gpu=given.gpu, timeout=given.timeout)
+    return Work(draw=draw, store=store, tasks=tasks)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,7 +145,7 @@ def run(work: Work) -> None:
         TimeoutExpired: there was no room in time.
     """
     _claim(work.store, work.draw)
-    wait_for_room(work)
+    wait_for_room(work.tasks)
     progress = _Progress(work.draw)
     sums: dict[str, str] = {}
     for shard in _drawn(work):
@@ -217,19 +195,12 @@ def _claim(store: Store, draw: Draw) -> None:
 
 def _drawn(work: Work) -> Iterator[Shard]:
     """Have shards drawn, as many at a time as there is room for, and yield each when it is written."""
-    settings: Any = {
-        "num_cpus": 1,
-        "num_gpus": 1 if work.gpu else 0,
-        "max_calls": 0,  # Ray would end the process of each GPU task, and with it the engine
-        "max_retries": MAX_RETRIES,
-    }
-    remote: Any = ray.remote(**settings)(draw_shard)
+    remote = work.tasks.remote(draw_shard)
     numbers = iter(range(work.draw.shards))
-    device = "cuda" if work.gpu else "cpu"
     pending: list[Any] = []
     while True:
-        while len(pending) < _room(work) and (number := next(numbers, None)) is not None:
-            pending.append(remote.remote(work.draw, number, work.store.address, device))
+        while len(pending) < work.tasks.room() and (number := next(numbers, None)) is not None:
+            pending.append(remote.remote(work.draw, number, work.store.address, work.tasks.device))
         if not pending:
             return
         ended, pending = ray.wait(pending, num_returns=1)
@@ -241,11 +212,6 @@ def _drawn(work: Work) -> Iterator[Shard]:
                 str(cause) if isinstance(cause, SamplingError) else f"a shard could not be drawn: {cause!r}"
             )
             raise SamplingError(told) from error
-
-
-def _room(work: Work) -> int:
-    """Count how many shards may be under way: one for each worker, and one that it need not wait for."""
-    return work.workers or 2 * max(1, places(work.resources, whole_nodes()))
 
 
 class _Progress:
@@ -281,7 +247,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the job; returns its exit code: 2 if it was asked for what cannot be done."""
     try:
         work = parse(arguments)
-        connect(work)
+        connect(work.tasks)
         run(work)
     except (UsageError, registry.RegistryUnavailable) as error:
         print(f"jobs.sample: {error}", file=sys.stderr)

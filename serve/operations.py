@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gdl_ray.engine import LIKELIHOOD, Engine, Job, Preview, QueueFull, keys_of, seeds_of
 from gdl_ray.evaluate.bayes import log_posterior
+from gdl_ray.evaluate.interpret import arc
 from gdl_ray.family import UNLABELLED, Batch, Decoder, Latent, Likelihood
 from gdl_ray.images import png_grid
 from serve import requests
@@ -195,7 +196,7 @@ async def interpolate(call: Call, asked: requests.InterpolateRequest) -> Respons
         ends = await _infer(call, family.encode, x, labels)
     else:
         raise wrong("x", "two examples", f"{call.model.name} cannot encode; give two latents, z")
-    way = arc(ends[0].cpu(), ends[1].cpu(), asked.steps)
+    way = arc(ends[:1].cpu(), ends[1:].cpu(), asked.steps)[:, 0]
     return await _decoded(call, way, labels[:1].expand(asked.steps), encoding)
 
 
@@ -209,29 +210,6 @@ OPERATIONS: Mapping[str, tuple[type[requests.Body], Callable[[Call, Any], Awaita
     "interpolate": (requests.InterpolateRequest, interpolate),
 }
 """What is asked by each name, and what answers."""
-
-
-def arc(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Go from one latent to another on the sphere, as Gaussian latents lie, and straight in length.
-
-    Args:
-        start: float (D,).
-        end: float (D,).
-        steps: 2 or more, both ends among them.
-
-    Returns:
-        float (steps, D).
-
-    References:
-        White. Sampling Generative Networks. 2016. https://arxiv.org/abs/1609.04468 (Section 2.1)
-    """
-    share = torch.linspace(0, 1, steps)[:, None]
-    cosine = torch.nn.functional.cosine_similarity(start, end, dim=0).clamp(-1, 1)
-    angle = cosine.acos()
-    if angle.sin() < 1e-3:  # no arc, or too many of them: the straight line
-        return torch.lerp(start, end, share)
-    way = ((1 - share) * angle).sin() * start + (share * angle).sin() * end
-    return way / angle.sin()
 
 
 async def _drawn(

@@ -82,6 +82,7 @@ TESTED_ELSEWHERE = {
     "gdl_ray.train.clock": "tests/train/test_loop.py trains for a budget of seconds",
     "gdl_ray.train.snapshot": "tests/train/test_loop.py takes some while training goes on",
     "jobs.evaluate": "needs Ray: tests/test_comparison.py runs it",
+    "jobs.tasks": "needs Ray: tests/jobs/test_sample_on_cluster.py draws in some",
     "jobs.pieces": "needs Ray: tests/test_comparison.py has workers measure some",
     "jobs.models": "tests/jobs/test_sample.py resolves what it names",
     "gdl_ray.train.validation": "tests/train/test_loop.py validates, and pictures what it saves",

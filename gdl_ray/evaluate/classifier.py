@@ -59,11 +59,16 @@ class Classifier(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Compute features of images, uint8 (N, C, H, W), in units of the training split: (N, FEATURES)."""
-        return (self._read(x)[0] - self.mean) / self.deviation
+        return self.look_at(x)[0]
 
     def predict(self, x: Tensor) -> Tensor:
         """Tell the classes of images, uint8 (N, C, H, W): int64 (N,)."""
-        return self._read(x)[1].argmax(1)
+        return self.look_at(x)[1]
+
+    def look_at(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what `features` does and tell what `predict` does, reading the images once."""
+        features, logits = self._read(x)
+        return (features - self.mean) / self.deviation, logits.argmax(1)
 
     def fingerprint(self) -> str:
         """Name these weights in eight characters."""

@@ -335,7 +335,7 @@ def sample_metrics(subject: Subject, x: Tensor) -> dict[str, float]:
     split = dataset.splits[protocol.split].first(protocol.examples)
     real, train = torch.tensor(split.x), torch.tensor(dataset.splits["train"].x)
     asked = torch.tensor(dataset.splits[protocol.split].y[: len(x)])
-    features, sampled = classifier.features(real), classifier.features(x)
+    features, (sampled, guessed) = classifier.features(real), classifier.look_at(x)
     near = neighbours(features, sampled, protocol.neighbours)
     distance, error = kernel_distance(features, sampled)
     copying = memorisation(nearest(train, real)[0], nearest(train, x)[0])
@@ -347,7 +347,7 @@ def sample_metrics(subject: Subject, x: Tensor) -> dict[str, float]:
         "samples/recall": near.recall,
         "samples/density": near.density,
         "samples/coverage": near.coverage,
-        "samples/label_fidelity": label_agreement(classifier.predict(x), asked),
+        "samples/label_fidelity": label_agreement(guessed, asked),
         "samples/copied_share": copying.copied_share,
         "samples/copying_z": copying.z,
         "samples/memorised": float(copying.is_memorised),

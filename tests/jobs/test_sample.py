@@ -21,6 +21,7 @@ from jobs.models import resolve
 from jobs.options import UsageError
 from jobs.sample import main, parse
 from jobs.shards import Draw, SamplingError, Shard
+from jobs.tasks import Tasks
 
 MODELS = {
     "digits-diffusion": Registered({"champion": 2, "next": 3}, {}, 12),
@@ -245,11 +246,10 @@ def test_why_a_shard_failed_is_told_in_a_line(
         raise kind("draw_shard", "Traceback of the worker", cause).as_instanceof_cause()
 
     task = SimpleNamespace(remote=lambda *arguments: object())
-    cluster = SimpleNamespace(
-        remote=lambda **settings: lambda call: task, wait=lambda pending, num_returns: (pending, []), get=fail
-    )
+    cluster = SimpleNamespace(wait=lambda pending, num_returns: (pending, []), get=fail)
     monkeypatch.setattr(sample, "ray", cluster)
-    monkeypatch.setattr(sample, "_room", lambda work: 1)
+    monkeypatch.setattr(Tasks, "remote", lambda self, call: task)
+    monkeypatch.setattr(Tasks, "room", lambda self: 1)
     monkeypatch.setattr(sample, "connect", lambda work: None)
     monkeypatch.setattr(sample, "wait_for_room", lambda work: None)
     assert main(COMMAND) == 1
